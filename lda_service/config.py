@@ -1,0 +1,96 @@
+"""Settings as frozen dataclasses, and the only reader of the environment.
+
+Knows the names and defaults of every setting. Does not know what the settings are used for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lda_service.errors import ConfigError
+from lda_service.pairs import demo
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class PairConfig:
+    """Which two models, and how they are loaded.
+
+    `dtype` "auto" takes the type of the checkpoint; `device` "auto" takes CUDA where there is one.
+    """
+
+    model_after_id: str
+    model_before_id: str
+    device: str = "auto"
+    dtype: str = "auto"
+    allow_incompatible: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"DTYPE is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of the decoder. Token counts are positions of one sequence or slots of the KV cache.
+
+    `kv_cache_tokens` 0 means: as many as `max_running_sequences` rows of the default length need.
+    """
+
+    max_running_sequences: int = 64
+    max_queued_requests: int = 256
+    max_sequences_per_request: int = 1024
+    max_new_tokens: int = 4096
+    prefill_chunk_tokens: int = 256
+    page_tokens: int = 16
+    kv_cache_tokens: int = 0
+    min_alpha: float = -100.0
+    max_alpha: float = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where the server listens and how it stops. `port` 0 picks a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    drain_grace_s: float = 30.0
+    max_buffered_tokens: int = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything the server needs to know."""
+
+    pair: PairConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def pair_ids(after: str | None, before: str | None) -> tuple[str, str]:
+    """The two model ids, or the bundled pair when neither is given.
+
+    Raises:
+        ConfigError: only one of the two is given.
+    """
+    if after and before:
+        return after, before
+    if after or before:
+        missing = "MODEL_BEFORE_ID" if after else "MODEL_AFTER_ID"
+        raise ConfigError(f"Only one model is set; set {missing} too, or neither for the bundled pair.")
+    return str(demo.AFTER_DIR), str(demo.BEFORE_DIR)
+
+
+def environment_port(environment: Mapping[str, str] = os.environ) -> int:
+    """`PORT`, or the default.
+
+    Raises:
+        ConfigError: it is not a number from 0 to 65535.
+    """
+    text = environment.get("PORT", str(ServerConfig.port))
+    if not text.isdecimal() or int(text) > 65535:
+        raise ConfigError(f"PORT is {text!r}; use a number from 0 to 65535.")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Everything that knows gRPC. Owns no torch state: the worker does."""

@@ -1,0 +1,61 @@
+"""What crosses the pipe between the server process and the worker process, both ways.
+
+Plain data, drained at the step boundary: a new request, a cancel and a shutdown are the same kind of thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lda_service.engine.request import Event, GenerationRequest, Load, ScoreRequest
+    from lda_service.errors import LdaError
+    from lda_service.pair_info import PairInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """To the worker: start this request. Answered by events; a bad request by `RequestFailed`."""
+
+    request: GenerationRequest | ScoreRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """To the worker: free this request's rows and pages at the next step. Not answered."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """To the worker: end the process. Running requests are ended with `Aborted`."""
+
+
+Inbound = Submit | Cancel | Shutdown
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """From the worker, once: both models are loaded and a warm-up generation has run."""
+
+    pair: PairInfo
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """From the worker, instead of `Ready`; the process ends after it."""
+
+    error: LdaError
+
+
+@dataclass(frozen=True, slots=True)
+class EventBatch:
+    """From the worker, once per step: everything that happened, in order."""
+
+    events: tuple[Event, ...]
+    load: Load
+
+
+Outbound = Ready | StartFailed | EventBatch
