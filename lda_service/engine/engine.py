@@ -1,0 +1,592 @@
+"""The decoder: one schedule, two models in lock-step, one draw per row and step.
+
+    step(): schedule, run both, amplify, sample, advance
+
+Knows requests, both runners, the sampler and text streams. Does not know processes, the wire, or wall-clock time: time
+comes from the clock it is given. Not thread-safe: whoever owns the engine calls it from one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lda_service.engine.amplify import amplify, compare, score
+from lda_service.engine.detokenizer import TextStream
+from lda_service.engine.memory import default_cache_tokens
+from lda_service.engine.pages import PagePool
+from lda_service.engine.request import (
+    Admitted,
+    Branch,
+    Candidate,
+    Diagnostics,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    Load,
+    Role,
+    Sampling,
+    ScoreBlock,
+    ScoreRequest,
+    SequenceDelta,
+    SequenceFinished,
+    Stopping,
+    TokenRecord,
+)
+from lda_service.engine.runner import ModelRunner, SlotMap
+from lda_service.engine.sampling import RowSampling, mask_implausible, sample, sequence_key
+from lda_service.engine.scheduler import Job, Scheduler, Sequence
+from lda_service.errors import ContextExceeded, InvalidRequest, PromptUnusable, QueueFull
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lda_service.config import EngineConfig
+    from lda_service.engine.pair import Pair
+    from lda_service.engine.scheduler import PrefillChunk
+
+
+@dataclass(slots=True)
+class JobState:
+    """What the engine keeps for a job: which models it needs, the logits after its prompt, when it was admitted."""
+
+    needs: tuple[bool, bool]  # after, before
+    logits: Tensor | None = None  # (2, vocabulary)
+    admitted_at: float = 0.0
+    alpha_scores: Tensor | None = None  # a score's sums so far
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """What the engine keeps for a sequence."""
+
+    needs: tuple[bool, bool]  # after, before
+    key: int
+    text: TextStream
+    alpha_scores: Tensor  # (score alphas,), float64
+    first_token_at: float = 0.0
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's rows and, for each, the next-token logits of both models; they fill up from left to right."""
+
+    sequences: list[Sequence]
+    after: Tensor  # (rows, vocabulary)
+    before: Tensor
+    alpha: Tensor  # (rows,)
+    temperature: Tensor
+    amplified: Tensor = field(init=False)
+    tokens: Tensor = field(init=False)
+    logprobs: Tensor = field(init=False)
+
+
+class Engine:
+    """Continuous batching over a model pair.
+
+    Args:
+        pair: both models; the engine owns them from now on.
+        config: limits.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, pair: Pair, config: EngineConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.pair = pair
+        self.config = config
+        self.clock = clock
+        self.device = pair.after.device
+        self.context_tokens = pair.info.context_tokens
+        tokens = config.kv_cache_tokens or default_cache_tokens(pair, config)
+        pool = PagePool(max(1, tokens // config.page_tokens), config.page_tokens)
+        self.scheduler = Scheduler(pool, config.max_running_sequences, config.prefill_chunk_tokens)
+        slots = pool.num_pages * pool.page_tokens
+        self.runners = tuple(ModelRunner(m, slots, pair.vocabulary_size) for m in (pair.after, pair.before))
+        self.slot_map = SlotMap(config.max_running_sequences, self.context_tokens, self.device)
+        self._jobs: dict[str, Job] = {}
+        self._events: list[Event] = []
+        self._allowed = torch.zeros(pair.vocabulary_size, dtype=torch.bool, device=self.device)
+        self._allowed[list(pair.shared_ids)] = True
+        self._has_forbidden = not bool(self._allowed.all())
+
+    # What the owner calls -------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def load(self) -> Load:
+        """How busy the engine is."""
+        pool = self.scheduler.pool
+        waiting = len(self.scheduler.waiting)
+        return Load(len(self.scheduler.running), waiting, pool.num_free, pool.num_pages)
+
+    def submit(self, request: GenerationRequest | ScoreRequest) -> None:
+        """Put a request in the queue.
+
+        Raises:
+            QueueFull: as many requests wait as may wait.
+            PromptUnusable: the prompt is empty or holds ids that may not be used.
+            ContextExceeded: it cannot fit the context window or the cache.
+        """
+        capacity = self.config.max_queued_requests
+        if len(self.scheduler.waiting) >= capacity:
+            raise QueueFull(
+                f"{capacity} requests wait already; try again later or on another server.",
+                metadata={"depth": str(len(self.scheduler.waiting)), "capacity": str(capacity)},
+                retry_after_s=1.0,
+            )
+        assert request.request_id not in self._jobs
+        job = self._score_job(request) if isinstance(request, ScoreRequest) else self._generation_job(request)
+        if not self.scheduler.fits(job):
+            slots = self.scheduler.pool.num_pages * self.scheduler.pool.page_tokens
+            raise ContextExceeded(
+                f"Prompt and output need more than the {slots} cache slots of this server; ask for fewer new tokens.",
+                metadata=_context_metadata(len(job.prompt_ids), request, slots),
+            )
+        self._jobs[request.request_id] = job
+        self.scheduler.add(job)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request: its rows and pages are free for the next step. Unknown ids are ignored."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            for sequence in self.scheduler.cancel(job):
+                self._forget(sequence)
+            self._forget(job)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One step: every running sequence gets one token, at most one prompt gets one chunk. What happened, in order."""
+        self._end_expired()
+        plan = self.scheduler.schedule()
+        if plan.prefill is not None:
+            self._prefill(plan.prefill)
+        started = self._admit()
+        if plan.decode or started:
+            batch = self._run_both(plan.decode, started)
+            self._amplify(batch)
+            self._sample(batch)
+            self._advance(batch)
+        events, self._events = self._events, []
+        return events
+
+    def warm_up(self) -> None:
+        """A short generation and a score through the whole path, so that the first caller does not pay for it."""
+        prompt = self.pair.shared_ids[: min(8, self.context_tokens - 4)]
+        stopping = Stopping(max_new_tokens=3, ignore_eos=True)
+        branches = (Branch(Role.AMPLIFIED, 1.0), Branch(Role.AFTER, 0.0), Branch(Role.BEFORE, -1.0))
+        self.submit(GenerationRequest("warm-up", prompt, branches, 1, Sampling(), stopping))
+        self.submit(ScoreRequest("warm-up-score", prompt[:1], prompt[1:]))
+        while self.has_work:
+            self.step()
+
+    def check_integrity(self) -> None:
+        """Pages, rows and caches add up; an idle engine holds nothing."""
+        self.scheduler.check_integrity()
+        if not self.has_work:
+            assert self.scheduler.pool.num_free == self.scheduler.pool.num_pages, "an idle engine holds pages"
+            assert not self._jobs, "an idle engine remembers jobs"
+            assert not any(runner.cache.lengths for runner in self.runners), "an idle cache remembers lengths"
+
+    # Requests -------------------------------------------------------------------------------------------------------
+
+    def _generation_job(self, request: GenerationRequest) -> Job:
+        self._check_ids(request.prompt_ids, "prompt")
+        room = self.context_tokens - len(request.prompt_ids)
+        if room < 1:
+            raise ContextExceeded(
+                f"The prompt has {len(request.prompt_ids)} tokens and the context window {self.context_tokens}; "
+                "shorten the prompt.",
+                field="prompt",
+                metadata=_context_metadata(len(request.prompt_ids), request, self.context_tokens),
+            )
+        needs = [_needs(request, branch) for branch in request.branches]
+        union = (any(after for after, _ in needs), any(before for _, before in needs))
+        job = Job(request, request.prompt_ids, state=JobState(union))
+        longest = min(request.stopping.max_new_tokens, room)
+        for index in range(request.num_sequences):
+            for branch, need in zip(request.branches, needs, strict=True):
+                job.waiting.append(self._sequence(job, branch, index, longest, need))
+        return job
+
+    def _sequence(self, job: Job, branch: Branch, index: int, longest: int, needs: tuple[bool, bool]) -> Sequence:
+        request = job.request
+        assert isinstance(request, GenerationRequest)
+        state = SequenceState(
+            needs,
+            sequence_key(request.sampling.seed, index),
+            TextStream(self.pair.pieces, request.stopping.stop_strings),
+            torch.zeros(len(request.output.score_alphas), dtype=torch.float64),
+        )
+        return Sequence(job, branch, index, longest, state=state)
+
+    def _score_job(self, request: ScoreRequest) -> Job:
+        self._check_ids(request.prompt_ids, "prompt")
+        self._check_ids(request.continuation_ids, "continuation")
+        total = len(request.prompt_ids) + len(request.continuation_ids)
+        if total > self.context_tokens:
+            raise ContextExceeded(
+                f"Prompt and continuation have {total} tokens and the context window {self.context_tokens}; "
+                "score a shorter text.",
+                field="continuation",
+                metadata=_context_metadata(len(request.prompt_ids), request, self.context_tokens),
+            )
+        scores = torch.zeros(len(request.score_alphas), dtype=torch.float64)
+        # The last token predicts nothing that is asked for, so it is not run.
+        forced = request.prompt_ids + request.continuation_ids[:-1]
+        return Job(request, forced, state=JobState((True, True), alpha_scores=scores))
+
+    def _check_ids(self, ids: tuple[int, ...], field_name: str) -> None:
+        if not ids:
+            raise PromptUnusable(f"The {field_name} has no tokens; give at least one.", field=field_name)
+        size = self.pair.vocabulary_size
+        allowed = self._allowed.cpu()
+        unknown = next((i for i in ids if i >= size or not allowed[i]), None) if self._has_forbidden else next(
+            (i for i in ids if i >= size), None
+        )
+        if unknown is not None:
+            raise PromptUnusable(
+                f"The {field_name} holds token {unknown}, which the two models do not share; TokenizerCompat lists "
+                "what differs. Use other text, or send raw text if the chat template adds the token.",
+                field=field_name,
+                metadata={"token_id": str(unknown)},
+            )
+
+    # Schedule -------------------------------------------------------------------------------------------------------
+
+    def _end_expired(self) -> None:
+        """End the sequences of jobs whose time budget is used up."""
+        now = self.clock()
+        for job in list(self._jobs.values()):
+            request = job.request
+            budget = request.stopping.time_budget_s if isinstance(request, GenerationRequest) else None
+            if budget is None or job.prefilled == 0 or now < job.state.admitted_at + budget:
+                continue
+            for sequence in self.scheduler.drop_waiting(job):
+                self._report_end(sequence, FinishReason.TIME_BUDGET, now)
+            for sequence in [s for s in self.scheduler.running if s.job is job]:
+                self._end(sequence, FinishReason.TIME_BUDGET, now)
+            self._retire(job)
+
+    def _admit(self) -> list[Sequence]:
+        started = self.scheduler.admit()
+        for sequence in started:
+            job, table = sequence.job, sequence.table
+            assert job.table is not None
+            assert table is not None
+            self.slot_map.assign(sequence.row, job.table, table)
+        return started
+
+    # Run both -------------------------------------------------------------------------------------------------------
+
+    def _prefill(self, chunk: PrefillChunk) -> None:
+        """Run a chunk through the models that its job needs; keep the logits that are needed."""
+        job, request = chunk.job, chunk.job.request
+        if chunk.start == 0:
+            job.state.admitted_at = self.clock()
+            self._events.append(Admitted(request.request_id))
+        keep = 1
+        if isinstance(request, ScoreRequest):
+            keep = max(1, chunk.stop - max(chunk.start, len(request.prompt_ids) - 1))
+        needs = job.state.needs
+        ran = [r.prefill(chunk, keep) if need else None for r, need in zip(self.runners, needs, strict=True)]
+        after, before = _fill_missing(*ran)
+        self._check_lock_step([job])
+        self.scheduler.prefill_done(chunk)
+        if isinstance(request, ScoreRequest):
+            self._score(chunk, after, before)
+        elif job.is_prefilled:
+            job.state.logits = torch.stack([after[-1], before[-1]])
+
+    def _run_both(self, decode: list[Sequence], started: list[Sequence]) -> Batch:
+        """Both models' next-token logits for every row: decoded ones, then those that start from their prompt's."""
+        parts = []
+        if decode:
+            parts.append(self._decode(decode))
+            self._check_lock_step(decode)
+        if started:
+            parts.append(torch.stack([sequence.job.state.logits for sequence in started], 1))
+        after, before = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        sequences = decode + started
+        alpha = self._column([sequence.branch.alpha for sequence in sequences])
+        temperature = self._column([_sampling(sequence).temperature for sequence in sequences])
+        return Batch(sequences, self._forbid(after), self._forbid(before), alpha, temperature)
+
+    def _decode(self, decode: list[Sequence]) -> Tensor:
+        """Logits of shape (2, rows, vocabulary). Each model runs only the rows that need it."""
+        needs = [sequence.state.needs for sequence in decode]
+        if all(after and before for after, before in needs):
+            return torch.stack([runner.decode(decode, self.slot_map) for runner in self.runners])
+        both = torch.empty(2, len(decode), self.pair.vocabulary_size, device=self.device)
+        for side, runner in enumerate(self.runners):
+            at = [i for i, need in enumerate(needs) if need[side]]
+            if at:
+                both[side, at] = runner.decode([decode[i] for i in at], self.slot_map)
+        for side in (0, 1):
+            # Alpha 0 and -1 do not look at the other model: any finite stand-in does.
+            missing = [i for i, need in enumerate(needs) if not need[side]]
+            both[side, missing] = both[1 - side, missing]
+        return both
+
+    def _check_lock_step(self, owners: list[Sequence] | list[Job]) -> None:
+        """Both caches stand at the same position for every row that needs both models."""
+        after, before = (runner.cache.lengths for runner in self.runners)
+        for owner in owners:
+            if owner.state.needs == (True, True):
+                assert after[owner] == before[owner], "the two models stand at different positions"
+
+    def _forbid(self, logits: Tensor) -> Tensor:
+        """Rule out ids that the two vocabularies do not share."""
+        return logits.masked_fill(~self._allowed, -torch.inf) if self._has_forbidden else logits
+
+    def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    # Amplify --------------------------------------------------------------------------------------------------------
+
+    def _amplify(self, batch: Batch) -> None:
+        """Set `batch.amplified`; rows below their least length may not end."""
+        early = [i for i, s in enumerate(batch.sequences) if len(s.tokens) < _stopping(s).min_new_tokens]
+        if early:
+            batch.after, batch.before = batch.after.clone(), batch.before.clone()
+            for i in early:
+                endings = sorted(self.pair.stop_ids | set(_stopping(batch.sequences[i]).stop_token_ids))
+                endings = [token for token in endings if token < self.pair.vocabulary_size]
+                batch.after[i, endings] = -torch.inf
+        batch.amplified = amplify(batch.after, batch.before, batch.alpha)
+
+    # Sample ---------------------------------------------------------------------------------------------------------
+
+    def _sample(self, batch: Batch) -> None:
+        """Set `batch.tokens` and `batch.logprobs`."""
+        settings = [_sampling(sequence) for sequence in batch.sequences]
+        logits = batch.amplified
+        floors = [0.0 if s.branch.role is Role.BEFORE else _sampling(s).plausibility for s in batch.sequences]
+        if any(floors):
+            logits = mask_implausible(logits, batch.after, self._column(floors))
+        rows = RowSampling(
+            temperature=batch.temperature,
+            top_k=self._column([s.top_k for s in settings], torch.int64),
+            top_p=self._column([s.top_p for s in settings]),
+            min_p=self._column([s.min_p for s in settings]),
+            keys=self._column([s.state.key for s in batch.sequences], torch.int64),
+            positions=self._column([s.length for s in batch.sequences], torch.int64),
+        )
+        batch.tokens, batch.logprobs = sample(logits, rows)
+
+    # Advance --------------------------------------------------------------------------------------------------------
+
+    def _advance(self, batch: Batch) -> None:
+        """Append the drawn tokens, report them, end what has come to its end."""
+        diagnostics = self._diagnose(batch)
+        self._add_scores(batch)
+        now = self.clock()
+        logprobs = batch.logprobs.tolist()
+        for i, (sequence, token) in enumerate(zip(batch.sequences, batch.tokens.tolist(), strict=True)):
+            if not sequence.tokens:
+                sequence.state.first_token_at = now
+            sequence.tokens.append(token)
+            logprob = logprobs[i] if logprobs[i] == logprobs[i] else None
+            piece = self.pair.pieces.piece(token)
+            self._report(sequence, TokenRecord(token, piece, logprob, diagnostics.get(i)), now)
+
+    def _report(self, sequence: Sequence, record: TokenRecord, now: float) -> None:
+        """Send what became final through this token; end the sequence if the token does."""
+        stopping = _stopping(sequence)
+        token = record.token_id
+        if token in self.pair.stop_ids and not stopping.ignore_eos:
+            self._end(sequence, FinishReason.EOS, now, record)
+        elif token in stopping.stop_token_ids:
+            self._end(sequence, FinishReason.STOP, now, record, stop_token_id=token)
+        else:
+            released = sequence.state.text.push(record)
+            self._delta(sequence, released.text, released.tokens)
+            if released.stop_string is not None:
+                self._end(sequence, FinishReason.STOP, now, stop_string=released.stop_string)
+            elif len(sequence.tokens) == sequence.max_new_tokens:
+                cut = sequence.max_new_tokens < stopping.max_new_tokens
+                self._end(sequence, FinishReason.CONTEXT_WINDOW if cut else FinishReason.MAX_TOKENS, now)
+
+    def _delta(self, sequence: Sequence, text: str, tokens: tuple[TokenRecord, ...]) -> None:
+        if text or tokens:
+            request_id = sequence.job.request.request_id
+            self._events.append(SequenceDelta(request_id, sequence.branch.role, sequence.index, text, tokens))
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float,
+        last: TokenRecord | None = None,
+        *,
+        stop_string: str | None = None,
+        stop_token_id: int | None = None,
+    ) -> None:
+        """Report the end of a running sequence and free what it holds. `last` ends it and adds no text."""
+        if stop_string is None:
+            released = sequence.state.text.flush()
+            self._delta(sequence, released.text, released.tokens + ((last,) if last else ()))
+        self._report_end(sequence, reason, now, stop_string, stop_token_id)
+        self._forget(sequence)
+        self.scheduler.finish(sequence)
+        self._retire(sequence.job)
+
+    def _report_end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float,
+        stop_string: str | None = None,
+        stop_token_id: int | None = None,
+    ) -> None:
+        first = sequence.state.first_token_at or now
+        self._events.append(
+            SequenceFinished(
+                sequence.job.request.request_id,
+                sequence.branch.role,
+                sequence.index,
+                reason,
+                len(sequence.tokens),
+                stop_string,
+                stop_token_id,
+                tuple(sequence.state.alpha_scores.tolist()),
+                prefill_s=first - sequence.job.state.admitted_at,
+                decode_s=now - first,
+            )
+        )
+
+    def _retire(self, job: Job) -> None:
+        """Forget the job if nothing of it is left."""
+        if job.running == 0 and not job.waiting:
+            self._jobs.pop(job.request.request_id, None)
+            self._forget(job)
+
+    def _forget(self, owner: Sequence | Job) -> None:
+        for runner in self.runners:
+            runner.cache.forget(owner)
+
+    # Evidence -------------------------------------------------------------------------------------------------------
+
+    def _add_scores(self, batch: Batch) -> None:
+        """Add log q_alpha of the drawn tokens to the sequences that asked for it."""
+        wanting = [i for i, s in enumerate(batch.sequences) if len(s.state.alpha_scores)]
+        for i in wanting:
+            sequence = batch.sequences[i]
+            alphas = self._column(list(_request(sequence).output.score_alphas))
+            temperature = torch.where(batch.temperature[i : i + 1] > 0, batch.temperature[i : i + 1], 1.0)
+            row = slice(i, i + 1)
+            scores = score(batch.after[row], batch.before[row], batch.tokens[row], alphas, temperature)
+            sequence.state.alpha_scores += scores[0].cpu()
+
+    def _diagnose(self, batch: Batch) -> dict[int, Diagnostics]:
+        """Diagnostics by row, for the rows that asked."""
+        rows = [i for i, s in enumerate(batch.sequences) if _wants_diagnostics(_request(s))]
+        if not rows:
+            return {}
+        counts = [_request(batch.sequences[i]).output.top_candidates for i in rows]
+        logits = batch.after[rows], batch.before[rows], batch.amplified[rows]
+        return dict(zip(rows, self._compare(*logits, batch.tokens[rows], counts), strict=True))
+
+    def _compare(
+        self, after: Tensor, before: Tensor, amplified: Tensor, tokens: Tensor, counts: list[int]
+    ) -> list[Diagnostics]:
+        """Diagnostics of each row, with its number of candidates."""
+        after, before, amplified = (logits.log_softmax(-1) for logits in (after, before, amplified))
+        columns = [column.tolist() for column in compare(after, before, amplified, tokens)]
+        width = min(max(counts), self.pair.vocabulary_size)
+        top = amplified.topk(width, dim=1).indices
+        alternatives = zip(
+            top.tolist(), *(x.gather(1, top).tolist() for x in (amplified, after, before)), strict=True
+        )
+        diagnostics = []
+        for row, count, parts in zip(zip(*columns, strict=True), counts, alternatives, strict=True):
+            *values, critical, critical_token = row
+            flips = critical != float("inf")
+            candidates = tuple(
+                Candidate(token, self.pair.pieces.piece(token), *logprobs)
+                for token, *logprobs in list(zip(*parts, strict=True))[:count]
+                if logprobs[0] > float("-inf")
+            )
+            diagnostics.append(
+                Diagnostics(*values, critical if flips else None, critical_token if flips else None, candidates)
+            )
+        return diagnostics
+
+    def _score(self, chunk: PrefillChunk, after: Tensor, before: Tensor) -> None:
+        """Report the continuation's tokens that this chunk predicts."""
+        request, state = chunk.job.request, chunk.job.state
+        assert isinstance(request, ScoreRequest)
+        offset = max(chunk.start, len(request.prompt_ids) - 1) + 1 - len(request.prompt_ids)
+        stop = chunk.stop + 1 - len(request.prompt_ids)
+        if stop > offset >= 0:
+            ids = request.continuation_ids[offset:stop]
+            self._score_block(request, state, offset, ids, self._forbid(after), self._forbid(before))
+        if chunk.job.is_prefilled:
+            self._retire(chunk.job)
+
+    def _score_block(
+        self,
+        request: ScoreRequest,
+        state: JobState,
+        offset: int,
+        ids: tuple[int, ...],
+        after: Tensor,
+        before: Tensor,
+    ) -> None:
+        tokens = self._column(list(ids), torch.int64)
+        amplified = amplify(after, before, self._column([request.alpha] * len(ids)))
+        diagnostics = self._compare(after, before, amplified, tokens, [request.top_candidates] * len(ids))
+        alphas = self._column(list(request.score_alphas))
+        state.alpha_scores += score(after, before, tokens, alphas, torch.ones_like(after[:, 0])).sum(0).cpu()
+        records = tuple(
+            TokenRecord(token, self.pair.pieces.piece(token), None, diagnosis)
+            for token, diagnosis in zip(ids, diagnostics, strict=True)
+        )
+        total = len(request.continuation_ids)
+        is_last = offset + len(ids) == total
+        scores = tuple(state.alpha_scores.tolist()) if is_last else ()
+        self._events.append(ScoreBlock(request.request_id, offset, records, total, is_last, scores))
+
+
+def _request(sequence: Sequence) -> GenerationRequest:
+    request = sequence.job.request
+    assert isinstance(request, GenerationRequest)
+    return request
+
+
+def _sampling(sequence: Sequence) -> Sampling:
+    return _request(sequence).sampling
+
+
+def _stopping(sequence: Sequence) -> Stopping:
+    return _request(sequence).stopping
+
+
+def _wants_diagnostics(request: GenerationRequest) -> bool:
+    return request.output.diagnostics or request.output.top_candidates > 0
+
+
+def _needs(request: GenerationRequest, branch: Branch) -> tuple[bool, bool]:
+    """Which models a branch needs: (after, before)."""
+    if _wants_diagnostics(request) or request.output.score_alphas:
+        return True, True
+    plausible = request.sampling.plausibility > 0 and branch.role is not Role.BEFORE
+    return branch.alpha != -1 or plausible, branch.alpha != 0
+
+
+def _fill_missing(after: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A model that was not run stands in as equal to the other: alpha 0 and -1 do not look at it."""
+    if after is None:
+        assert before is not None
+        return before, before
+    return after, after if before is None else before
+
+
+def _context_metadata(prompt_tokens: int, request: GenerationRequest | ScoreRequest, limit: int) -> dict[str, str]:
+    new = request.stopping.max_new_tokens if isinstance(request, GenerationRequest) else len(request.continuation_ids)
+    return {"prompt_tokens": str(prompt_tokens), "max_new_tokens": str(new), "limit": str(limit)}

@@ -1,0 +1,40 @@
+"""How many positions the KV caches may hold, when nobody said. Knows configurations and free memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lda_service.config import EngineConfig
+    from lda_service.engine.pair import Pair
+
+ROW_TOKENS = 2048
+MEMORY_SHARE = 0.4
+
+
+def default_cache_tokens(pair: Pair, config: EngineConfig) -> int:
+    """Every row's context up to `ROW_TOKENS`, as far as `MEMORY_SHARE` of the free memory goes."""
+    wanted = config.max_running_sequences * min(pair.info.context_tokens, ROW_TOKENS)
+    per_token = sum(token_bytes(model) for model in (pair.after, pair.before))
+    affordable = int(free_bytes(pair.after.device) * MEMORY_SHARE) // per_token
+    return max(config.page_tokens, min(wanted, affordable))
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values of one position."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,224 @@
+"""Load the two models of a pair, and say what was loaded.
+
+Knows hub ids, folders, dtypes and devices; nothing of requests. Every fault a person can cause becomes a `StartupError`
+that names the remedy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lda_service import vocabulary
+from lda_service.engine import attention
+from lda_service.engine.detokenizer import TokenPieces
+from lda_service.engine.runner import Float32Head
+from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
+from lda_service.pair_info import ModelInfo, PairInfo
+from lda_service.pairs import demo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lda_service.config import PairConfig
+
+logger = logging.getLogger(__name__)
+DEFAULT_CONTEXT = 4096
+LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """One model with its tokenizer and what is known about both."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    info: ModelInfo
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two loaded models, the ids both may generate, and the ids that end a sequence in either."""
+
+    after: PreTrainedModel
+    before: PreTrainedModel
+    tokenizer: Any
+    pieces: TokenPieces
+    shared_ids: tuple[int, ...]
+    stop_ids: frozenset[int]
+    info: PairInfo
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the combined logits: one past the largest shared id."""
+        return self.shared_ids[-1] + 1
+
+
+def load_pair(config: PairConfig) -> Pair:
+    """Load both models and compare their vocabularies.
+
+    Raises:
+        StartupError: a model is missing, unreadable or unsupported, or the pair cannot be amplified.
+    """
+    device = choose_device(config.device)
+    after = load_model(config.model_after_id, config.dtype, device)
+    before = load_model(config.model_before_id, config.dtype, device)
+    sides = [vocabulary.Side(m.tokenizer, m.info.vocab_size, m.eos_ids) for m in (after, before)]
+    report = vocabulary.compare(*sides)
+    shared = tuple(vocabulary.shared_ids(*sides))
+    if not report.compatible and not (config.allow_incompatible and len(shared) > 1):
+        raise PairIncompatible(report.verdict)
+    if not report.vocabularies_equal:
+        logger.warning("%s", report.verdict)
+    info = PairInfo(
+        after=after.info,
+        before=before.info,
+        device=str(device),
+        fingerprint=_digest(f"{after.info.revision}:{before.info.revision}:{after.info.dtype}".encode()),
+        has_chat_template=bool(getattr(after.tokenizer, "chat_template", None)),
+        compatibility=report,
+    )
+    pieces = TokenPieces.from_tokenizer(after.tokenizer)
+    stop_ids = frozenset(after.eos_ids + before.eos_ids) & frozenset(shared)
+    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to run on; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: the name is unknown to torch, or CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"DEVICE is {name!r}; use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("DEVICE asks for CUDA, but torch finds no CUDA device; use DEVICE=cpu.")
+    return device
+
+
+def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
+    """One model and its tokenizer, from a local folder or the hub, ready for `attention.NAME`.
+
+    Raises:
+        StartupError: see `load_pair`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_id)
+        tokenizer = AutoTokenizer.from_pretrained(model_id)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_id, dtype=dtype, use_safetensors=True, attn_implementation=attention.NAME
+        )
+    except PermissionError as error:
+        raise ModelUnreadable(f"Model {model_id!r} cannot be read: permission denied. Check its file modes.") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(model_id, error) from error
+    _require_seam(model_id, model)
+    model = model.to(device).eval().requires_grad_(False)
+    info = describe(model_id, model, config)
+    use_float32_head(model)
+    return LoadedModel(model, tokenizer, info, eos_ids(model, tokenizer))
+
+
+def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable | ModelUnsupported:
+    """Turn what transformers raised into the error a person can act on."""
+    folder = Path(model_id)
+    if isinstance(error, (ValueError, KeyError)) and "architecture" in str(error).lower():
+        return ModelUnsupported(f"Model {model_id!r} has an architecture that transformers does not know.")
+    if folder.is_dir():
+        found = {path.name for path in folder.iterdir()}
+        if "config.json" not in found:
+            return ModelNotFound(f"Folder {model_id!r} holds no config.json; give the folder of a saved model.")
+        if not any(name.endswith(".safetensors") for name in found):
+            return ModelUnreadable(f"Folder {model_id!r} holds no .safetensors file; convert the weights first.")
+        return ModelUnreadable(f"Model {model_id!r} cannot be read: {error}")
+    if folder.is_absolute() or model_id.startswith("."):
+        return ModelNotFound(f"Folder {model_id!r} does not exist; check MODEL_AFTER_ID and MODEL_BEFORE_ID.")
+    return ModelNotFound(
+        f"Model {model_id!r} is neither a local folder nor a hub repository that can be reached; "
+        "check the name, the network and, for a gated model, HF_TOKEN."
+    )
+
+
+def _require_seam(model_id: str, model: PreTrainedModel) -> None:
+    if not getattr(model, "_supports_attention_backend", False) or model.get_output_embeddings() is None:
+        raise ModelUnsupported(
+            f"Model {model_id!r} ({type(model).__name__}) does not let attention be replaced "
+            "(transformers' AttentionInterface), which this engine needs; use another architecture."
+        )
+
+
+def use_float32_head(model: PreTrainedModel) -> None:
+    """Make logits leave the output layer in float32. A float32 head is left as it is."""
+    head = model.get_output_embeddings()
+    if head.weight.dtype != torch.float32:
+        model.set_output_embeddings(Float32Head(head))
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a sequence: those of the generation configuration and the tokenizer's own."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None}))
+
+
+def describe(model_id: str, model: PreTrainedModel, config: Any) -> ModelInfo:
+    """What is told about a model. A local path is cut to its last name: callers need not know the server's disk."""
+    text_config = config.get_text_config()
+    return ModelInfo(
+        model_id=public_name(model_id),
+        revision=revision(model_id, config),
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        architecture=type(model).__name__,
+        parameter_count=model.num_parameters(),
+        context_tokens=context_tokens(text_config),
+    )
+
+
+def public_name(model_id: str) -> str:
+    """The name shown to clients."""
+    path = Path(model_id)
+    if path in (demo.AFTER_DIR, demo.BEFORE_DIR):
+        return f"bundled/{path.name}"
+    return path.resolve().name if path.is_dir() else model_id
+
+
+def context_tokens(config: Any) -> int:
+    """Positions the model reaches.
+
+    Rope variants that change all positions once a batch grows past the original length would make rows depend on their
+    neighbours: such models end at their original length.
+    """
+    reach = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+        original = getattr(config, "original_max_position_embeddings", None)
+        reach = min(reach, rope.get("original_max_position_embeddings") or original or reach)
+    return int(reach)
+
+
+def revision(model_id: str, config: Any) -> str:
+    """The hub's commit, or a digest of the weight files."""
+    commit = getattr(config, "_commit_hash", None)
+    if commit:
+        return str(commit)
+    digest = hashlib.sha256()
+    for path in sorted(Path(model_id).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,159 @@
+"""Drawing tokens: temperature, filters, counter-based Gumbel noise. Knows tensors; nothing of models or requests.
+
+Filters are thresholds on the scaled logits, found among the largest candidates; the vocabulary is not sorted. A draw is
+argmax(logits / T + g) with Gumbel noise g hashed from (seed, sequence, position, token): the law is the softmax exactly,
+and a draw depends on nothing else in the batch. Rows with the same seed share their noise at every alpha.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CANDIDATES = 256
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class RowSampling(NamedTuple):
+    """Sampling settings of a batch, each of shape (rows,). Temperature 0 is greedy."""
+
+    temperature: Tensor  # float32
+    top_k: Tensor  # int64, 0 keeps all
+    top_p: Tensor  # float32, 1 keeps all
+    min_p: Tensor  # float32, 0 keeps all
+    keys: Tensor  # int64, from `sequence_key`
+    positions: Tensor  # int64, absolute position of the token to draw
+
+
+class Drawn(NamedTuple):
+    """Drawn ids (int64) and their log-probability under the filtered distribution (NaN for greedy rows)."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+def sequence_key(seed: int, sequence_index: int) -> int:
+    """The noise key of one sequence, a signed 64-bit integer."""
+    return _signed(_mix(_mix(seed & _MASK) + (sequence_index + 1) * _GOLDEN))
+
+
+def _mix(z: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
+    z = (z + _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _signed(z: int) -> int:
+    z &= _MASK
+    return z - (1 << 64) if z >> 63 else z
+
+
+def _mix_tensor(z: Tensor) -> Tensor:
+    """`_mix` on int64 tensors: multiplication wraps, shifts are made logical by masks."""
+    z = z + _signed(_GOLDEN)
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def gumbel_noise(keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise for each (sequence, position, token).
+
+    Args:
+        keys: int64, shape (rows,).
+        positions: int64, shape (rows,).
+        tokens: int64, shape (rows, n) or (1, n).
+
+    Returns:
+        float32, shape (rows, n). Uniforms have 53 bits, so that tails are right down to 1e-16.
+    """
+    at = _mix_tensor(keys + positions * _signed(_GOLDEN))
+    bits = _mix_tensor(at[:, None] ^ _mix_tensor(tokens))
+    uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+def mask_implausible(amplified: Tensor, after: Tensor, plausibility: Tensor) -> Tensor:
+    """Contrastive decoding's mask: keep ids with p_after >= plausibility * max p_after (Li et al., 2022).
+
+    Args:
+        amplified: logits, shape (rows, vocabulary).
+        after: logits of the after model, same shape.
+        plausibility: float32, shape (rows,); 0 keeps all.
+    """
+    floor = after.amax(1, keepdim=True) + plausibility.log()[:, None]
+    return amplified.masked_fill(after < floor, -torch.inf)
+
+
+def sample(logits: Tensor, rows: RowSampling) -> Drawn:
+    """Draw one token for each row.
+
+    Args:
+        logits: float32, shape (rows, vocabulary); at least one finite entry in each row, no NaN.
+        rows: settings, one entry per row.
+    """
+    tokens = logits.argmax(1)
+    logprobs = torch.full((len(logits),), torch.nan, device=logits.device)
+    warm = rows.temperature > 0
+    filtered = warm & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+    for chosen, draw in ((filtered, _draw_filtered), (warm & ~filtered, _draw_all)):
+        at = chosen.nonzero()[:, 0]
+        if len(at):
+            part = RowSampling(*(setting[at] for setting in rows))
+            tokens[at], logprobs[at] = draw(logits[at] / part.temperature[:, None], part)
+    return Drawn(tokens, logprobs)
+
+
+def _draw_all(scaled: Tensor, rows: RowSampling) -> Drawn:
+    """Draw from the whole softmax."""
+    every = torch.arange(scaled.shape[1], device=scaled.device)[None]
+    tokens = (scaled + gumbel_noise(rows.keys, rows.positions, every)).argmax(1)
+    return Drawn(tokens, scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(1))
+
+
+def _draw_filtered(scaled: Tensor, rows: RowSampling) -> Drawn:
+    """Draw among the candidates that pass top_k, then top_p, then min_p."""
+    values, ids = _kept_candidates(scaled, rows)
+    best = (values + gumbel_noise(rows.keys, rows.positions, ids)).argmax(1, keepdim=True)
+    return Drawn(ids.gather(1, best)[:, 0], values.gather(1, best)[:, 0] - values.logsumexp(1))
+
+
+def _kept_candidates(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
+    """The largest logits with the dropped ones at -inf, and their ids; as many as the filters need.
+
+    A threshold is certain once a candidate lies below it: then nothing outside the candidates can pass.
+    """
+    vocabulary = scaled.shape[1]
+    width = min(vocabulary, max(CANDIDATES, int(rows.top_k.clamp(max=vocabulary).max()) + 1))
+    while True:
+        values, ids = scaled.topk(width, dim=1)
+        threshold = _threshold(values, scaled, rows)
+        if width == vocabulary or bool((values[:, -1:] < threshold).all()):
+            return values.masked_fill(values < threshold, -torch.inf), ids
+        width = min(vocabulary, width * 8)
+
+
+def _threshold(values: Tensor, scaled: Tensor, rows: RowSampling) -> Tensor:
+    """The smallest logit that passes all filters, shape (rows, 1), given the largest `values` in falling order.
+
+    Ties with the last token kept are kept. Where the candidates do not settle it, -inf.
+    """
+    width = values.shape[1]
+    last = torch.where((rows.top_k > 0) & (rows.top_k <= width), rows.top_k, width) - 1
+    by_count = values.gather(1, last[:, None])
+    limited = (rows.top_k > 0)[:, None]
+    by_count = torch.where(limited, by_count, -torch.inf)
+    total = torch.where(
+        limited[:, 0], values.masked_fill(values < by_count, -torch.inf).logsumexp(1), scaled.logsumexp(1)
+    )
+    mass = (values - total[:, None]).exp().cumsum(1)
+    reached = mass >= rows.top_p[:, None]
+    crossing = reached.int().argmax(1, keepdim=True)
+    by_mass = torch.where(reached.any(1, keepdim=True) & (rows.top_p < 1)[:, None], values.gather(1, crossing), -torch.inf)
+    by_ratio = values[:, :1] + rows.min_p.log()[:, None]
+    return torch.maximum(torch.maximum(by_count, by_mass), by_ratio)
