@@ -22,6 +22,7 @@ from lda_service.engine.runner import Float32Head
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
 from lda_service.pairs import demo
+from lda_service.prompting import PromptRenderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +83,7 @@ def load_pair(config: PairConfig) -> Pair:
         before=before.info,
         device=str(device),
         fingerprint=_digest(f"{after.info.revision}:{before.info.revision}:{after.info.dtype}".encode()),
-        has_chat_template=bool(getattr(after.tokenizer, "chat_template", None)),
+        has_chat_template=PromptRenderer(after.tokenizer).has_chat_template,
         compatibility=report,
     )
     pieces = TokenPieces.from_tokenizer(after.tokenizer)
