@@ -109,3 +109,38 @@ def test_greedy_tokens_equal_the_oracle_alone_and_in_a_batch(folders, architectu
         engine.submit(request(name, PROMPTS[int(n)], float(alpha)))
     assert collect(engine) == expected
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_greedy_tokens_are_the_same_joined_late_and_after_a_cancel(folders, architecture):
+    """A request that joins running ones, and whose neighbour is cancelled under way, decodes what it decodes alone."""
+    after, before = make_pair(folders, architecture)
+    engine = engine_for(after, before, max_running_sequences=4)
+    oracle = Oracle(after, before, engine.pair.shared_ids)
+    expected = {f"late{n}": oracle(prompt, 3.0) for n, prompt in enumerate(PROMPTS)}
+    engine.submit(request("victim", PROMPTS[2], 0.7, new=60))
+    engine.submit(request("long", PROMPTS[0], -0.2, new=60))
+    collect(engine, steps=6)
+    for n, prompt in enumerate(PROMPTS):
+        engine.submit(request(f"late{n}", prompt, 3.0))
+    tokens = collect(engine, steps=4)
+    engine.cancel("victim")
+    for name, more in collect(engine).items():
+        tokens.setdefault(name, []).extend(more)
+    assert {name: tokens[name] for name in expected} == expected
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("alpha", [-0.5, 0.3, 3.0])
+def test_pairs_of_unlike_size_and_unlike_padding(folders, alpha):
+    """A small Qwen-2 against a larger Llama with another number of padded output rows: same tokens as the oracle."""
+    after = save_model(folders / f"unlike-after-{alpha}", "llama", seed=3, vocab_size=320)
+    before = save_model(
+        folders / f"unlike-before-{alpha}", "qwen2", seed=4, vocab_size=264, hidden_size=64, num_hidden_layers=3
+    )
+    engine = engine_for(after, before)
+    assert engine.pair.vocabulary_size == 260
+    oracle = Oracle(after, before, engine.pair.shared_ids, rows=engine.pair.vocabulary_size)
+    for n, prompt in enumerate(PROMPTS):
+        engine.submit(request(str(n), prompt, alpha))
+    assert collect(engine) == {str(n): oracle(prompt, alpha) for n, prompt in enumerate(PROMPTS)}

@@ -1,0 +1,187 @@
+"""A deterministic engine without models, which runs in the real worker process: for tests of operations.
+
+The prompt says how to behave. By default every sequence gets one letter per step until `max_new_tokens`.
+
+    hold            admitted, then silent until cancelled
+    wide            a token is 64 KiB of text
+    cancelled? ID   silent until that request was cancelled
+    full, long      refused on submission
+    crash, oom      the next step raises
+    exit            the process ends in the next step
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+from lda_service.engine.request import (
+    Admitted,
+    FinishReason,
+    GenerationRequest,
+    Load,
+    ScoreBlock,
+    ScoreRequest,
+    SequenceDelta,
+    SequenceFinished,
+    TokenRecord,
+)
+from lda_service.errors import ContextExceeded, ModelNotFound, QueueFull
+from lda_service.pair_info import ModelInfo, PairInfo
+from lda_service.vocabulary import CompatibilityReport
+
+SECRET = "secret path /models/x"
+WIDE = "w" * 65536
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+class FakePrompter:
+    """A token is a byte."""
+
+    has_chat_template = True
+
+    def text(self, text):
+        if text == "renderer fault":
+            raise RuntimeError(SECRET)
+        return tuple(text.encode())
+
+    continuation = text
+
+    def chat(self, messages, continue_final_message=False):
+        return tuple("".join(content for _, content in messages).encode())
+
+
+@dataclass
+class Running:
+    request: GenerationRequest | ScoreRequest
+    admitted: bool = False
+    tokens: int = 0
+
+
+@dataclass
+class FakeEngine:
+    running: dict[str, Running] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
+
+    @property
+    def has_work(self):
+        return bool(self.running)
+
+    def warm_up(self):
+        pass
+
+    def load(self):
+        return Load(running_sequences=len(self.running))
+
+    def submit(self, request):
+        behaviour = _behaviour(request)
+        if behaviour == "full":
+            raise QueueFull("The queue is full.", metadata={"depth": "4", "capacity": "4"}, retry_after_s=2.0)
+        if behaviour == "long":
+            raise ContextExceeded("Too long.", metadata={"prompt_tokens": "4", "max_new_tokens": "8", "limit": "9"})
+        self.running[request.request_id] = Running(request)
+
+    def cancel(self, request_id):
+        if self.running.pop(request_id, None):
+            self.cancelled.append(request_id)
+
+    def step(self):
+        time.sleep(0.001)
+        return [event for running in list(self.running.values()) for event in self._advance(running)]
+
+    def _advance(self, running):
+        request, behaviour = running.request, _behaviour(running.request)
+        if not running.admitted:
+            running.admitted = True
+            return [Admitted(request.request_id)]
+        if behaviour == "exit":
+            os._exit(3)
+        if behaviour in ("crash", "oom"):
+            raise (OutOfMemoryError if behaviour == "oom" else RuntimeError)(SECRET)
+        question, _, request_id = behaviour.partition(" ")
+        if behaviour == "hold" or (question == "cancelled?" and request_id not in self.cancelled):
+            return []
+        if isinstance(request, ScoreRequest):
+            return self._score(request)
+        text = WIDE if behaviour == "wide" else chr(ord("a") + running.tokens % 26)
+        return self._decode(running, text)
+
+    def _decode(self, running, text):
+        request = running.request
+        keys = [(branch.role, index) for branch in request.branches for index in range(request.num_sequences)]
+        token = TokenRecord(ord(text[0]), text.encode(), -0.5)
+        running.tokens += 1
+        events = [SequenceDelta(request.request_id, *key, text, (token,)) for key in keys]
+        if running.tokens == request.stopping.max_new_tokens:
+            del self.running[request.request_id]
+            scores = tuple(-alpha for alpha in request.output.score_alphas)
+            reason = FinishReason.MAX_TOKENS
+            events += [
+                SequenceFinished(request.request_id, *key, reason, running.tokens, alpha_scores=scores) for key in keys
+            ]
+        return events
+
+    def _score(self, request):
+        del self.running[request.request_id]
+        tokens = [TokenRecord(each, bytes([each])) for each in request.continuation_ids]
+        total = len(tokens)
+        return [
+            ScoreBlock(
+                request.request_id,
+                offset,
+                tuple(tokens[offset : offset + 4]),
+                total,
+                is_last=offset + 4 >= total,
+                alpha_scores=request.score_alphas if offset + 4 >= total else (),
+            )
+            for offset in range(0, total, 4)
+        ]
+
+
+def _behaviour(request):
+    return bytes(request.prompt_ids).decode()
+
+
+def load(config):
+    """The factory given to the worker."""
+    model = ModelInfo("fake", "r1", "float32", 256, "Fake", 7, 512)
+    report = CompatibilityReport(
+        compatible=True,
+        after_vocab_size=256,
+        before_vocab_size=256,
+        vocabularies_equal=True,
+        conflicts=(),
+        conflict_count=0,
+        after_vocab_sha256="0" * 64,
+        before_vocab_sha256="0" * 64,
+        shared_id_count=256,
+        after_only_ids=(),
+        before_only_ids=(),
+        after_padded_row_count=0,
+        before_padded_row_count=0,
+        special_token_differences=(),
+        after_eos_ids=(0,),
+        before_eos_ids=(0,),
+        chat_templates_equal=True,
+        verdict="The two vocabularies are equal.",
+    )
+    return FakeEngine(), PairInfo(model, model, "cpu", "f1", True, report)
+
+
+def load_missing(config):
+    """A factory for a pair that is not there."""
+    raise ModelNotFound("No such model; check MODEL_AFTER_ID.")
+
+
+def load_broken(config):
+    """A factory with a fault."""
+    raise RuntimeError(SECRET)
+
+
+def load_and_die(config):
+    """A factory whose process is killed."""
+    os.kill(os.getpid(), 9)
