@@ -1,12 +1,11 @@
-"""Settings as frozen dataclasses, and the only reader of the environment.
+"""Settings as frozen dataclasses.
 
-Knows the names and defaults of every setting. Does not know what the settings are used for.
+Knows the names and defaults of every setting. Does not know where they come from (`cli` reads flags and the
+environment), nor what they are used for.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lda_service.errors import ConfigError
@@ -82,15 +81,3 @@ def pair_ids(after: str | None, before: str | None) -> tuple[str, str]:
         missing = "MODEL_BEFORE_ID" if after else "MODEL_AFTER_ID"
         raise ConfigError(f"Only one model is set; set {missing} too, or neither for the bundled pair.")
     return str(demo.AFTER_DIR), str(demo.BEFORE_DIR)
-
-
-def environment_port(environment: Mapping[str, str] = os.environ) -> int:
-    """`PORT`, or the default.
-
-    Raises:
-        ConfigError: it is not a number from 0 to 65535.
-    """
-    text = environment.get("PORT", str(ServerConfig.port))
-    if not text.isdecimal() or int(text) > 65535:
-        raise ConfigError(f"PORT is {text!r}; use a number from 0 to 65535.")
-    return int(text)

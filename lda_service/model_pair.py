@@ -175,9 +175,7 @@ class LDAModelPair:
         output = output or Output()
         parts: dict[tuple[int, Role], tuple[list[str], list[TokenRecord]]] = {}
         finished: dict[tuple[int, Role], SequenceFinished] = {}
-        for event in self.stream(
-            prompt, branches, num_sequences, sampling, stopping, output, raw=raw, system=system
-        ):
+        for event in self.stream(prompt, branches, num_sequences, sampling, stopping, output, raw=raw, system=system):
             if isinstance(event, SequenceDelta):
                 texts, tokens = parts.setdefault((event.sequence_index, event.role), ([], []))
                 texts.append(event.text)

@@ -88,7 +88,11 @@ def test_scores_are_log_probabilities_at_each_alpha():
     """log q_alpha equals the log-softmax of the formula at the request's temperature."""
     generator = torch.Generator().manual_seed(0)
     after, before = torch.randn(2, 3, 50, generator=generator)
-    tokens, alphas, temperature = torch.tensor([0, 7, 49]), torch.tensor([-1.0, 0.0, 2.5]), torch.tensor([1.0, 0.5, 2.0])
+    tokens, alphas, temperature = (
+        torch.tensor([0, 7, 49]),
+        torch.tensor([-1.0, 0.0, 2.5]),
+        torch.tensor([1.0, 0.5, 2.0]),
+    )
     got = score(after, before, tokens, alphas, temperature)
     for j, alpha in enumerate(alphas):
         z = (after + alpha * (after - before)).double() / temperature[:, None]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_oracle import collect, request
+from test_oracle import request
 from tiny_models import SPECIAL, byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,14 @@ from lda_service.engine.request import (
     SequenceFinished,
     Stopping,
 )
-from lda_service.errors import ContextExceeded, ModelNotFound, ModelUnreadable, PairIncompatible, PromptUnusable, QueueFull
+from lda_service.errors import (
+    ContextExceeded,
+    ModelNotFound,
+    ModelUnreadable,
+    PairIncompatible,
+    PromptUnusable,
+    QueueFull,
+)
 
 EOS = byte_tokenizer().eos_token_id
 PROMPT = tuple(byte_tokenizer().encode("Once upon a time"))
@@ -161,7 +168,7 @@ def test_a_model_that_falls_behind_is_noticed(engine, monkeypatch):
 
 
 def test_fresh_cache_memory_may_hold_anything(folders):
-    """Slots that were never written hold NaN here, as fresh memory may; masked positions must not leak them into rows."""
+    """Slots never written hold NaN here, as fresh memory may; masked positions must not leak them."""
     torch.use_deterministic_algorithms(True)
     try:
         loaded = load_pair(PairConfig(str(folders / "after"), str(folders / "before"), device="cpu"))
@@ -206,7 +213,7 @@ class TestEnds:
         engine.check_integrity()
 
     def test_eos_of_either_model(self, tmp_path):
-        """An id that ends a sequence only according to the before model ends it too; its text is not part of the answer."""
+        """An id that only the before model ends at ends a sequence too, and adds no text to the answer."""
         tokenizer = byte_tokenizer()
         save_model(tmp_path / "after", seed=1)
         save_model(tmp_path / "before", seed=2)
@@ -226,9 +233,7 @@ class TestEnds:
         """No end before the least length; without it some rollouts end earlier."""
         ends = lambda least: [
             end.output_tokens
-            for end in of(
-                run(engine, generation(n=40, stopping=Stopping(60, min_new_tokens=least))), SequenceFinished
-            )
+            for end in of(run(engine, generation(n=40, stopping=Stopping(60, min_new_tokens=least))), SequenceFinished)
             if end.reason is FinishReason.EOS
         ]
         assert min(ends(0)) < 20 <= min(ends(20))
@@ -272,7 +277,7 @@ class TestEvidence:
         return [x[:, list(shared)] for x in logits]
 
     def test_score_is_teacher_forcing(self, engine, folders):
-        """Every position's log-probabilities, ranks and KL equal those of one plain forward pass; blocks are complete."""
+        """Log-probabilities, ranks and KL equal those of one plain forward pass; blocks are complete."""
         continuation = tuple(byte_tokenizer().encode(", there was a fox."))
         alphas = (-1.0, 0.0, 0.5, 4.0)
         events = run(engine, ScoreRequest("s", PROMPT, continuation, 2.0, 3, alphas))
@@ -316,7 +321,7 @@ class TestEvidence:
             assert drawn.diagnostics.critical_token_id == forced.diagnostics.critical_token_id
 
     def test_rare_event_rate_equals_exact_enumeration(self, engine, folders):
-        """Importance weights from score_alphas are unbiased: estimated first-token law at alpha 0 equals the exact one."""
+        """Importance weights from score_alphas are unbiased: the weighted rate equals the exact one."""
         output = Output(score_alphas=(0.0, 1.0))
         events = run(engine, generation(n=1000, stopping=Stopping(1, ignore_eos=True), output=output))
         weights = np.array([math.exp(e.alpha_scores[0] - e.alpha_scores[1]) for e in of(events, SequenceFinished)])
@@ -389,7 +394,7 @@ class TestBorder:
 
 
 def test_bf16_heads_answer_in_float32(tmp_path):
-    """At alpha 20 the output layers' precision costs at most 0.02 nat RMS in the combined logits (bf16 output: over 0.3)."""
+    """At alpha 20 the output layers' precision costs at most 0.02 nat RMS in the combined logits."""
     folders = [tmp_path / "after", tmp_path / "before"]
     for seed, folder in enumerate(folders):
         save_model(folder, "llama", seed=0, dtype=torch.bfloat16, hidden_size=256, initializer_range=0.06)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, byte_tokenizer, save_model
+from tiny_models import ARCHITECTURES, save_model
 from transformers import AutoModelForCausalLM, LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from lda_service.config import EngineConfig, PairConfig
@@ -33,7 +33,9 @@ class Oracle:
     """Greedy continuations by transformers alone, in float32, one prompt at a time. `rows` cuts unlike widths."""
 
     def __init__(self, after_dir, before_dir, shared, rows=None):
-        self.after, self.before = (AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (after_dir, before_dir))
+        self.after, self.before = (
+            AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (after_dir, before_dir)
+        )
         self.shared = shared
         if rows is not None:
             for model in (self.after, self.before):

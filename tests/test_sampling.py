@@ -72,7 +72,7 @@ def chi_square_p(tokens, law):
 
 @pytest.mark.parametrize(("alpha", "name"), list(itertools.product(ALPHAS, FILTERS)))
 def test_draws_follow_the_exact_distribution(alpha, name):
-    """20,000 draws fit the exact filtered distribution (chi-square, seeds fixed: no luck involved after the first run)."""
+    """20,000 draws fit the exact filtered distribution (chi-square; seeds are fixed)."""
     generator = torch.Generator().manual_seed(3)
     after, before = torch.randn(2, 400, generator=generator).mul(1.5)
     options = dict(FILTERS[name])
@@ -95,7 +95,7 @@ def test_the_token_that_crosses_top_p_is_kept():
 
 
 def test_flat_distributions_need_no_sort_but_stay_exact():
-    """A nucleus wider than the first candidates is found all the same: 20,000 draws from 5,000 equal tokens, top_p 0.5."""
+    """A nucleus wider than the first candidates is found all the same: half of 5,000 nearly equal tokens."""
     logits = torch.linspace(0, 0.001, 5000).expand(200, -1)
     drawn = sample(logits, rows_of(200, top_p=0.5))
     assert drawn.tokens.min() >= 2490
@@ -117,7 +117,7 @@ def test_noise_is_standard_gumbel_and_independent_of_company():
 
 
 def test_the_same_seed_at_two_alphas_shares_its_noise():
-    """Gumbel coupling: where the two distributions are equal the same token is drawn, and mostly where they are near."""
+    """Gumbel coupling: where the two distributions are near, mostly the same token is drawn."""
     generator = torch.Generator().manual_seed(0)
     after = torch.randn(1, 300, generator=generator).expand(500, -1)
     before = after + 0.05 * torch.randn(1, 300, generator=generator)
@@ -135,6 +135,7 @@ def test_a_row_does_not_see_its_neighbours(data):
     count = data.draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     logits = torch.randn(count, vocabulary, generator=generator) * data.draw(st.sampled_from([0.1, 1.0, 8.0]))
+
     def column(strategy, dtype):
         return torch.tensor(data.draw(st.lists(strategy, min_size=count, max_size=count)), dtype=dtype)
 

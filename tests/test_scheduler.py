@@ -49,7 +49,7 @@ class Steps:
 
 def test_scheduler_needs_no_torch():
     """Scheduler and requests can be imported on a machine without torch."""
-    code = "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None; import lda_service.engine.scheduler"
+    code = "import sys; sys.modules.update(torch=None, transformers=None); import lda_service.engine.scheduler"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -116,7 +116,7 @@ def test_a_score_gives_its_pages_back_after_its_last_chunk():
     chunk=st.integers(1, 30),
 )
 def test_every_job_that_fits_ends(jobs, pages, rows, chunk):
-    """However scarce rows and pages are, every sequence of every accepted job runs to its end, and all is given back."""
+    """However scarce rows and pages are, every accepted sequence runs to its end, and all is given back."""
     scheduler = Scheduler(PagePool(pages, 4), rows, chunk)
     steps = Steps(scheduler)
     accepted = 0

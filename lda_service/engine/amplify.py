@@ -65,13 +65,11 @@ def compare(after: Tensor, before: Tensor, amplified: Tensor, tokens: Tensor) ->
     log_ratio = torch.nan_to_num(after - before, nan=0.0)
     outside = torch.ones_like(after, dtype=torch.bool)
     outside.scatter_(1, before.topk(min(NOVELTY_TOP, before.shape[1])).indices, False)
-    return Comparison(
-        *(logprobs.gather(1, at)[:, 0] for logprobs in (after, before, amplified)),
-        *(1 + (logprobs > logprobs.gather(1, at)).sum(1) for logprobs in (after, before, amplified)),
-        (after.exp() * log_ratio).sum(1),
-        (amplified.exp() * outside).sum(1),
-        *critical_alpha(after, before),
-    )
+    drawn = [logprobs.gather(1, at) for logprobs in (after, before, amplified)]
+    ranks = [1 + (all_ > one).sum(1) for all_, one in zip((after, before, amplified), drawn, strict=True)]
+    kl = (after.exp() * log_ratio).sum(1)
+    novel_mass = (amplified.exp() * outside).sum(1)
+    return Comparison(*(one[:, 0] for one in drawn), *ranks, kl, novel_mass, *critical_alpha(after, before))  # type: ignore[call-arg]
 
 
 def critical_alpha(after: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

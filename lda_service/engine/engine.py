@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lda_service.engine.amplify import amplify, compare, score
+from lda_service.engine.amplify import amplify, score
 from lda_service.engine.detokenizer import TextStream
+from lda_service.engine.evidence import diagnose
 from lda_service.engine.memory import default_cache_tokens
 from lda_service.engine.pages import PagePool
 from lda_service.engine.request import (
     Admitted,
     Branch,
-    Candidate,
-    Diagnostics,
     Event,
     FinishReason,
     GenerationRequest,
@@ -40,13 +39,14 @@ from lda_service.engine.request import (
 from lda_service.engine.runner import ModelRunner, SlotMap
 from lda_service.engine.sampling import RowSampling, mask_implausible, sample, sequence_key
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
-from lda_service.errors import ContextExceeded, InvalidRequest, PromptUnusable, QueueFull
+from lda_service.errors import ContextExceeded, PromptUnusable, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lda_service.config import EngineConfig
     from lda_service.engine.pair import Pair
+    from lda_service.engine.request import Diagnostics
     from lda_service.engine.scheduler import PrefillChunk
 
 
@@ -55,9 +55,9 @@ class JobState:
     """What the engine keeps for a job: which models it needs, the logits after its prompt, when it was admitted."""
 
     needs: tuple[bool, bool]  # after, before
+    alpha_scores: Tensor  # a score's sums so far, (score alphas,), float64
     logits: Tensor | None = None  # (2, vocabulary)
     admitted_at: float = 0.0
-    alpha_scores: Tensor | None = None  # a score's sums so far
 
 
 @dataclass(slots=True)
@@ -111,6 +111,7 @@ class Engine:
         self._allowed = torch.zeros(pair.vocabulary_size, dtype=torch.bool, device=self.device)
         self._allowed[list(pair.shared_ids)] = True
         self._has_forbidden = not bool(self._allowed.all())
+        self._shared = frozenset(pair.shared_ids)
 
     # What the owner calls -------------------------------------------------------------------------------------------
 
@@ -161,7 +162,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One step: every running sequence gets one token, at most one prompt gets one chunk. What happened, in order."""
+        """One step: each running sequence gets a token, one prompt a chunk. Returns what happened, in order."""
+        self._events = []
         self._end_expired()
         plan = self.scheduler.schedule()
         if plan.prefill is not None:
@@ -172,8 +174,7 @@ class Engine:
             self._amplify(batch)
             self._sample(batch)
             self._advance(batch)
-        events, self._events = self._events, []
-        return events
+        return self._events
 
     def warm_up(self) -> None:
         """A short generation and a score through the whole path, so that the first caller does not pay for it."""
@@ -207,7 +208,7 @@ class Engine:
             )
         needs = [_needs(request, branch) for branch in request.branches]
         union = (any(after for after, _ in needs), any(before for _, before in needs))
-        job = Job(request, request.prompt_ids, state=JobState(union))
+        job = Job(request, request.prompt_ids, state=JobState(union, _zeros(0)))
         longest = min(request.stopping.max_new_tokens, room)
         for index in range(request.num_sequences):
             for branch, need in zip(request.branches, needs, strict=True):
@@ -221,7 +222,7 @@ class Engine:
             needs,
             sequence_key(request.sampling.seed, index),
             TextStream(self.pair.pieces, request.stopping.stop_strings),
-            torch.zeros(len(request.output.score_alphas), dtype=torch.float64),
+            _zeros(len(request.output.score_alphas)),
         )
         return Sequence(job, branch, index, longest, state=state)
 
@@ -236,19 +237,14 @@ class Engine:
                 field="continuation",
                 metadata=_context_metadata(len(request.prompt_ids), request, self.context_tokens),
             )
-        scores = torch.zeros(len(request.score_alphas), dtype=torch.float64)
         # The last token predicts nothing that is asked for, so it is not run.
         forced = request.prompt_ids + request.continuation_ids[:-1]
-        return Job(request, forced, state=JobState((True, True), alpha_scores=scores))
+        return Job(request, forced, state=JobState((True, True), _zeros(len(request.score_alphas))))
 
     def _check_ids(self, ids: tuple[int, ...], field_name: str) -> None:
         if not ids:
             raise PromptUnusable(f"The {field_name} has no tokens; give at least one.", field=field_name)
-        size = self.pair.vocabulary_size
-        allowed = self._allowed.cpu()
-        unknown = next((i for i in ids if i >= size or not allowed[i]), None) if self._has_forbidden else next(
-            (i for i in ids if i >= size), None
-        )
+        unknown = next((token for token in ids if token not in self._shared), None)
         if unknown is not None:
             raise PromptUnusable(
                 f"The {field_name} holds token {unknown}, which the two models do not share; TokenizerCompat lists "
@@ -490,32 +486,7 @@ class Engine:
             return {}
         counts = [_request(batch.sequences[i]).output.top_candidates for i in rows]
         logits = batch.after[rows], batch.before[rows], batch.amplified[rows]
-        return dict(zip(rows, self._compare(*logits, batch.tokens[rows], counts), strict=True))
-
-    def _compare(
-        self, after: Tensor, before: Tensor, amplified: Tensor, tokens: Tensor, counts: list[int]
-    ) -> list[Diagnostics]:
-        """Diagnostics of each row, with its number of candidates."""
-        after, before, amplified = (logits.log_softmax(-1) for logits in (after, before, amplified))
-        columns = [column.tolist() for column in compare(after, before, amplified, tokens)]
-        width = min(max(counts), self.pair.vocabulary_size)
-        top = amplified.topk(width, dim=1).indices
-        alternatives = zip(
-            top.tolist(), *(x.gather(1, top).tolist() for x in (amplified, after, before)), strict=True
-        )
-        diagnostics = []
-        for row, count, parts in zip(zip(*columns, strict=True), counts, alternatives, strict=True):
-            *values, critical, critical_token = row
-            flips = critical != float("inf")
-            candidates = tuple(
-                Candidate(token, self.pair.pieces.piece(token), *logprobs)
-                for token, *logprobs in list(zip(*parts, strict=True))[:count]
-                if logprobs[0] > float("-inf")
-            )
-            diagnostics.append(
-                Diagnostics(*values, critical if flips else None, critical_token if flips else None, candidates)
-            )
-        return diagnostics
+        return dict(zip(rows, diagnose(*logits, batch.tokens[rows], counts, self.pair.pieces), strict=True))
 
     def _score(self, chunk: PrefillChunk, after: Tensor, before: Tensor) -> None:
         """Report the continuation's tokens that this chunk predicts."""
@@ -540,7 +511,8 @@ class Engine:
     ) -> None:
         tokens = self._column(list(ids), torch.int64)
         amplified = amplify(after, before, self._column([request.alpha] * len(ids)))
-        diagnostics = self._compare(after, before, amplified, tokens, [request.top_candidates] * len(ids))
+        counts = [request.top_candidates] * len(ids)
+        diagnostics = diagnose(after, before, amplified, tokens, counts, self.pair.pieces)
         alphas = self._column(list(request.score_alphas))
         state.alpha_scores += score(after, before, tokens, alphas, torch.ones_like(after[:, 0])).sum(0).cpu()
         records = tuple(
@@ -551,6 +523,10 @@ class Engine:
         is_last = offset + len(ids) == total
         scores = tuple(state.alpha_scores.tolist()) if is_last else ()
         self._events.append(ScoreBlock(request.request_id, offset, records, total, is_last, scores))
+
+
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float64)
 
 
 def _request(sequence: Sequence) -> GenerationRequest:

@@ -73,7 +73,7 @@ class CacheView:
     def load(self, layer: int) -> tuple[Tensor, Tensor]:
         """The context's keys and values, shape (rows, kv_heads, context, head_dim)."""
         read = self.cache.read(layer, self.context_slots.flatten())
-        key, value = (x.unflatten(0, self.context_slots.shape).transpose(1, 2) for x in read)
+        key, value = (x.view(*self.context_slots.shape, *x.shape[1:]).transpose(1, 2) for x in read)
         return key, value
 
     def mask(self, window: int | None) -> Tensor:

@@ -125,7 +125,7 @@ def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
     except (OSError, ValueError, KeyError) as error:
         raise _explain(model_id, error) from error
     _require_seam(model_id, model)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     info = describe(model_id, model, config)
     use_float32_head(model)
     return LoadedModel(model, tokenizer, info, eos_ids(model, tokenizer))
@@ -144,7 +144,7 @@ def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable
             return ModelUnreadable(f"Folder {model_id!r} holds no .safetensors file; convert the weights first.")
         return ModelUnreadable(f"Model {model_id!r} cannot be read: {error}")
     if folder.is_absolute() or model_id.startswith("."):
-        return ModelNotFound(f"Folder {model_id!r} does not exist; check MODEL_AFTER_ID and MODEL_BEFORE_ID.")
+        return ModelNotFound(f"Folder {model_id!r} does not exist: name a local folder or a hub repository.")
     return ModelNotFound(
         f"Model {model_id!r} is neither a local folder nor a hub repository that can be reached; "
         "check the name, the network and, for a gated model, HF_TOKEN."
@@ -152,18 +152,23 @@ def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable
 
 
 def _require_seam(model_id: str, model: PreTrainedModel) -> None:
-    if not getattr(model, "_supports_attention_backend", False) or model.get_output_embeddings() is None:
+    if not getattr(model, "_supports_attention_backend", False) or output_layer(model) is None:
         raise ModelUnsupported(
             f"Model {model_id!r} ({type(model).__name__}) does not let attention be replaced "
             "(transformers' AttentionInterface), which this engine needs; use another architecture."
         )
 
 
+def output_layer(model: PreTrainedModel) -> Any:
+    """The module that turns hidden states into logits."""
+    return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
 def use_float32_head(model: PreTrainedModel) -> None:
     """Make logits leave the output layer in float32. A float32 head is left as it is."""
-    head = model.get_output_embeddings()
+    head = output_layer(model)
     if head.weight.dtype != torch.float32:
-        model.set_output_embeddings(Float32Head(head))
+        model.set_output_embeddings(Float32Head(head))  # type: ignore[no-untyped-call]
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
@@ -180,7 +185,7 @@ def describe(model_id: str, model: PreTrainedModel, config: Any) -> ModelInfo:
         model_id=public_name(model_id),
         revision=revision(model_id, config),
         dtype=str(model.dtype).removeprefix("torch."),
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=output_layer(model).weight.shape[0],
         architecture=type(model).__name__,
         parameter_count=model.num_parameters(),
         context_tokens=context_tokens(text_config),

@@ -128,6 +128,7 @@ class Diagnostics:
     novel_mass: float
     critical_alpha: float | None
     critical_token_id: int | None
+    critical_piece: bytes
     candidates: tuple[Candidate, ...] = ()
 
 

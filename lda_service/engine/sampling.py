@@ -1,8 +1,8 @@
 """Drawing tokens: temperature, filters, counter-based Gumbel noise. Knows tensors; nothing of models or requests.
 
-Filters are thresholds on the scaled logits, found among the largest candidates; the vocabulary is not sorted. A draw is
-argmax(logits / T + g) with Gumbel noise g hashed from (seed, sequence, position, token): the law is the softmax exactly,
-and a draw depends on nothing else in the batch. Rows with the same seed share their noise at every alpha.
+Filters are thresholds on the scaled logits, found among the largest candidates; the vocabulary is not sorted. A draw
+is argmax(logits / T + g) with Gumbel noise g hashed from (seed, sequence, position, token): the law is the softmax
+exactly, and a draw depends on nothing else in the batch. Rows with the same seed share their noise at every alpha.
 """
 
 from __future__ import annotations
@@ -154,6 +154,8 @@ def _threshold(values: Tensor, scaled: Tensor, rows: RowSampling) -> Tensor:
     mass = (values - total[:, None]).exp().cumsum(1)
     reached = mass >= rows.top_p[:, None]
     crossing = reached.int().argmax(1, keepdim=True)
-    by_mass = torch.where(reached.any(1, keepdim=True) & (rows.top_p < 1)[:, None], values.gather(1, crossing), -torch.inf)
+    by_mass = torch.where(
+        reached.any(1, keepdim=True) & (rows.top_p < 1)[:, None], values.gather(1, crossing), -torch.inf
+    )
     by_ratio = values[:, :1] + rows.min_p.log()[:, None]
     return torch.maximum(torch.maximum(by_count, by_mass), by_ratio)

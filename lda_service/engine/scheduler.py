@@ -12,11 +12,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lda_service.engine.pages import PagePool, PageTable
-from lda_service.engine.request import Branch, GenerationRequest, ScoreRequest
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lda_service.engine.pages import PagePool, PageTable
+    from lda_service.engine.request import Branch, GenerationRequest, ScoreRequest
 
 
 @dataclass(eq=False, slots=True)
@@ -216,6 +216,8 @@ class Scheduler:
         rows = [sequence.row for sequence in self.running]
         assert len(set(rows)) == len(rows), "two sequences share a row"
         assert not set(rows) & set(self._free_rows), "a row is free and taken"
-        held = {page for job in {*self._jobs(), *(s.job for s in self.running)} if job.table for page in job.table.pages}
+        held = {
+            page for job in {*self._jobs(), *(s.job for s in self.running)} if job.table for page in job.table.pages
+        }
         held |= {page for sequence in self.running if sequence.table for page in sequence.table.pages}
         assert len(held) == self.pool.num_pages - self.pool.num_free, "a page is held by nobody known"

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lda_service.engine.request import GenerationRequest, ScoreBlock, ScoreRequest, SequenceFinished
+
 if TYPE_CHECKING:
-    from lda_service.engine.request import Event, GenerationRequest, Load, ScoreRequest
+    from lda_service.engine.request import Event, Load
     from lda_service.errors import LdaError
     from lda_service.pair_info import PairInfo
 
@@ -59,3 +61,13 @@ class EventBatch:
 
 
 Outbound = Ready | StartFailed | EventBatch
+
+
+def sequences_of(request: GenerationRequest | ScoreRequest) -> int:
+    """How many ends (`ends_sequence`) a request owes; a scored text counts as one sequence."""
+    return len(request.branches) * request.num_sequences if isinstance(request, GenerationRequest) else 1
+
+
+def ends_sequence(event: Event) -> bool:
+    """Whether this event is the last of its sequence. `RequestFailed` ends the whole request instead."""
+    return isinstance(event, SequenceFinished) or (isinstance(event, ScoreBlock) and event.is_last)

@@ -31,7 +31,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_VALIDATION_FAILED: _ErrorReason.ValueType  # 1
     """INVALID_ARGUMENT. A field breaks a rule of this file; `google.rpc.BadRequest` names it."""
     ERROR_REASON_CONTEXT_EXCEEDED: _ErrorReason.ValueType  # 2
-    """INVALID_ARGUMENT. Prompt and output do not fit the context window.
+    """INVALID_ARGUMENT. The prompt leaves no room in the context window, or prompt and
+    output need more cache than the server has.
     Metadata: `prompt_tokens`, `max_new_tokens`, `limit`.
     """
     ERROR_REASON_PROMPT_UNUSABLE: _ErrorReason.ValueType  # 3
@@ -73,7 +74,8 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_VALIDATION_FAILED: ErrorReason.ValueType  # 1
 """INVALID_ARGUMENT. A field breaks a rule of this file; `google.rpc.BadRequest` names it."""
 ERROR_REASON_CONTEXT_EXCEEDED: ErrorReason.ValueType  # 2
-"""INVALID_ARGUMENT. Prompt and output do not fit the context window.
+"""INVALID_ARGUMENT. The prompt leaves no room in the context window, or prompt and
+output need more cache than the server has.
 Metadata: `prompt_tokens`, `max_new_tokens`, `limit`.
 """
 ERROR_REASON_PROMPT_UNUSABLE: ErrorReason.ValueType  # 3
@@ -369,9 +371,9 @@ class Stopping(_message.Message):
     MIN_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """Cap on new tokens."""
+    """Cap on new tokens. A sequence that fills the context window first ends there."""
     min_new_tokens: _builtins.int
-    """No end-of-sequence token is drawn before this many new tokens."""
+    """No end-of-sequence or stop token is drawn before this many new tokens."""
     ignore_eos: _builtins.bool
     """Go on after end-of-sequence tokens."""
     @_builtins.property
@@ -643,6 +645,7 @@ class Started(_message.Message):
     ALPHA_FIELD_NUMBER: _builtins.int
     PAIR_FINGERPRINT_FIELD_NUMBER: _builtins.int
     QUEUE_TIME_FIELD_NUMBER: _builtins.int
+    SEQUENCE_COUNT_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Server-assigned; also in the `x-generation-id` header and the logs."""
     prompt_token_count: _builtins.int
@@ -650,9 +653,11 @@ class Started(_message.Message):
     seed: _builtins.int
     """The seed in force, drawn by the server when the caller gave none."""
     alpha: _builtins.float
-    """Amplification in force."""
+    """Amplification in force; unset for `GenerateBoth`."""
     pair_fingerprint: _builtins.str
     """Identity of the weights and code that will answer."""
+    sequence_count: _builtins.int
+    """How many `finished` events this stream will carry before it ends with OK."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
         """Time spent waiting for a slot."""
@@ -666,10 +671,11 @@ class Started(_message.Message):
         alpha: _builtins.float | None = ...,
         pair_fingerprint: _builtins.str = ...,
         queue_time: _duration_pb2.Duration | None = ...,
+        sequence_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "queue_time", b"queue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "generation_id", b"generation_id", "pair_fingerprint", b"pair_fingerprint", "prompt_token_count", b"prompt_token_count", "queue_time", b"queue_time", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "generation_id", b"generation_id", "pair_fingerprint", b"pair_fingerprint", "prompt_token_count", b"prompt_token_count", "queue_time", b"queue_time", "seed", b"seed", "sequence_count", b"sequence_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
@@ -772,6 +778,7 @@ class TokenDiagnostics(_message.Message):
     AMPLIFIED_RANK_FIELD_NUMBER: _builtins.int
     CRITICAL_ALPHA_FIELD_NUMBER: _builtins.int
     CRITICAL_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    CRITICAL_PIECE_FIELD_NUMBER: _builtins.int
     after_logprob: _builtins.float
     """Log-probability under the post-trained model."""
     before_logprob: _builtins.float
@@ -794,6 +801,8 @@ class TokenDiagnostics(_message.Message):
     """
     critical_token_id: _builtins.int
     """The token that takes over there."""
+    critical_piece: _builtins.bytes
+    """Raw bytes of that token."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """Alternatives, most likely first."""
@@ -812,10 +821,11 @@ class TokenDiagnostics(_message.Message):
         amplified_rank: _builtins.int = ...,
         critical_alpha: _builtins.float | None = ...,
         critical_token_id: _builtins.int | None = ...,
+        critical_piece: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_after_logprob", b"_after_logprob", "_amplified_logprob", b"_amplified_logprob", "_before_logprob", b"_before_logprob", "_critical_alpha", b"_critical_alpha", "_critical_token_id", b"_critical_token_id", "after_logprob", b"after_logprob", "amplified_logprob", b"amplified_logprob", "before_logprob", b"before_logprob", "critical_alpha", b"critical_alpha", "critical_token_id", b"critical_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_logprob", b"_after_logprob", "_amplified_logprob", b"_amplified_logprob", "_before_logprob", b"_before_logprob", "_critical_alpha", b"_critical_alpha", "_critical_token_id", b"_critical_token_id", "after_before_kl", b"after_before_kl", "after_logprob", b"after_logprob", "after_rank", b"after_rank", "amplified_logprob", b"amplified_logprob", "amplified_rank", b"amplified_rank", "before_logprob", b"before_logprob", "before_rank", b"before_rank", "candidates", b"candidates", "critical_alpha", b"critical_alpha", "critical_token_id", b"critical_token_id", "novel_mass", b"novel_mass"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_logprob", b"_after_logprob", "_amplified_logprob", b"_amplified_logprob", "_before_logprob", b"_before_logprob", "_critical_alpha", b"_critical_alpha", "_critical_token_id", b"_critical_token_id", "after_before_kl", b"after_before_kl", "after_logprob", b"after_logprob", "after_rank", b"after_rank", "amplified_logprob", b"amplified_logprob", "amplified_rank", b"amplified_rank", "before_logprob", b"before_logprob", "before_rank", b"before_rank", "candidates", b"candidates", "critical_alpha", b"critical_alpha", "critical_piece", b"critical_piece", "critical_token_id", b"critical_token_id", "novel_mass", b"novel_mass"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after_logprob: _TypeAlias = _typing.Literal["after_logprob"]  # noqa: Y015
     _WhichOneofArgType__after_logprob: _TypeAlias = _typing.Literal["_after_logprob", b"_after_logprob"]  # noqa: Y015
@@ -1029,7 +1039,9 @@ class ScoreRequest(_message.Message):
 
     @_builtins.property
     def continuation(self) -> Global___Prompt:
-        """What is scored."""
+        """What is scored: token ids, or text, which is tokenized on its own without special
+        tokens. A chat is refused.
+        """
 
     @_builtins.property
     def score_alphas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:

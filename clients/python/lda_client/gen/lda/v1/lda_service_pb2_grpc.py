@@ -81,7 +81,8 @@ class LdaServiceServicer:
     """
 
     def GenerateLDA(self, request, context):
-        """Samples from `after + alpha * (after - before)`.
+        """Samples from `after + alpha * (after - before)`. Its events carry
+        MODEL_ROLE_AMPLIFIED at every alpha.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

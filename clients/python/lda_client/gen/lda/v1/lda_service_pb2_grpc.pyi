@@ -42,7 +42,9 @@ class LdaServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LdaServiceAsyncStub: ...
     GenerateLDA: _grpc.UnaryStreamMultiCallable[_lda_service_pb2.GenerateLDARequest, _lda_service_pb2.GenerateLDAResponse]
-    """Samples from `after + alpha * (after - before)`."""
+    """Samples from `after + alpha * (after - before)`. Its events carry
+    MODEL_ROLE_AMPLIFIED at every alpha.
+    """
     GenerateBoth: _grpc.UnaryStreamMultiCallable[_lda_service_pb2.GenerateBothRequest, _lda_service_pb2.GenerateBothResponse]
     """Samples from each model of the pair on its own, for comparison."""
     TokenizerCompat: _grpc.UnaryUnaryMultiCallable[_lda_service_pb2.TokenizerCompatRequest, _lda_service_pb2.TokenizerCompatResponse]
@@ -66,7 +68,9 @@ class LdaServiceAsyncStub(LdaServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GenerateLDA: _aio.UnaryStreamMultiCallable[_lda_service_pb2.GenerateLDARequest, _lda_service_pb2.GenerateLDAResponse]  # type: ignore[assignment]
-    """Samples from `after + alpha * (after - before)`."""
+    """Samples from `after + alpha * (after - before)`. Its events carry
+    MODEL_ROLE_AMPLIFIED at every alpha.
+    """
     GenerateBoth: _aio.UnaryStreamMultiCallable[_lda_service_pb2.GenerateBothRequest, _lda_service_pb2.GenerateBothResponse]  # type: ignore[assignment]
     """Samples from each model of the pair on its own, for comparison."""
     TokenizerCompat: _aio.UnaryUnaryMultiCallable[_lda_service_pb2.TokenizerCompatRequest, _lda_service_pb2.TokenizerCompatResponse]  # type: ignore[assignment]
@@ -93,7 +97,9 @@ class LdaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lda_service_pb2.GenerateLDARequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_lda_service_pb2.GenerateLDAResponse], _abc.AsyncIterator[_lda_service_pb2.GenerateLDAResponse]]:
-        """Samples from `after + alpha * (after - before)`."""
+        """Samples from `after + alpha * (after - before)`. Its events carry
+        MODEL_ROLE_AMPLIFIED at every alpha.
+        """
 
     @_abc_1.abstractmethod
     def GenerateBoth(

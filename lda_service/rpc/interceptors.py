@@ -1,0 +1,161 @@
+"""What happens around every call: its request id, the check of its message, and the shape of its errors.
+
+Knows calls and messages in general; nothing of what a method does. Each interceptor wraps a handler in a real
+coroutine or async generator, since grpc.aio inspects the kind of function. Calls with a request stream (reflection)
+pass through.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from abc import abstractmethod
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import protovalidate
+
+from lda_service.errors import InternalError, InvalidRequest, LdaError
+from lda_service.rpc.status import REQUEST_ID_KEY, abort
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+# Set for each call by RequestIdInterceptor; every call runs in a task of its own.
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+log = logging.getLogger(__name__)
+
+
+class AroundInterceptor(grpc.aio.ServerInterceptor):
+    """Runs every handler with one request message inside the context manager `around`."""
+
+    @abstractmethod
+    def around(self, request: Any, context: Context) -> AbstractAsyncContextManager[None]:
+        """What happens before and after a call."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Wrap the handler that was found, if any."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        return self._stream(handler) if handler.response_streaming else self._unary(handler)
+
+    def _stream(self, handler: Handler) -> Handler:
+        inner: Any = handler.unary_stream
+
+        async def respond(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with self.around(request, context), aclosing(inner(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return grpc.unary_stream_rpc_method_handler(respond, handler.request_deserializer, handler.response_serializer)
+
+    def _unary(self, handler: Handler) -> Handler:
+        inner: Any = handler.unary_unary
+
+        async def respond(request: Any, context: Context) -> Any:
+            async with self.around(request, context):
+                return await inner(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(respond, handler.request_deserializer, handler.response_serializer)
+
+
+class RequestIdInterceptor(AroundInterceptor):
+    """Takes the caller's `x-request-id` or makes one, and sends it back at the end of the call."""
+
+    @asynccontextmanager
+    async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
+        """Set the id for everything that runs in this call."""
+        request_id.set(_caller_id(context.invocation_metadata() or ()) or f"r-{secrets.token_hex(8)}")
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id.get()),))
+        yield
+
+
+class FaultInterceptor(AroundInterceptor):
+    """Turns every exception into a status; the text of an unexpected one stays in the log."""
+
+    @asynccontextmanager
+    async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
+        """Cancellation is not an exception here: it belongs to gRPC and passes."""
+        try:
+            yield
+        except grpc.aio.AbortError:
+            raise
+        except LdaError as error:
+            log.info("request %s ended: %s %s: %s", request_id.get(), error.code, error.reason, error.message)
+            await abort(context, error, request_id.get())
+        except Exception:
+            log.exception("request %s failed", request_id.get())
+            await abort(context, InternalError("unexpected"), request_id.get())
+
+
+class ValidationInterceptor(AroundInterceptor):
+    """Checks the message against the rules of its .proto, and names every field at fault."""
+
+    @asynccontextmanager
+    async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
+        """Refuse before any work is done."""
+        violations = check(request)
+        if violations:
+            error = InvalidRequest(sentence(violations))
+            log.info("request %s refused: %s", request_id.get(), error.message)
+            await abort(context, error, request_id.get(), violations)
+        yield
+
+
+def check(request: Any) -> list[tuple[str, str]]:
+    """(field path, what is allowed) of every field that breaks a rule; the path is empty for a rule over several."""
+    allowed: dict[str, list[str]] = {}
+    for violation in protovalidate.collect_violations(request):
+        field = violation.proto.field
+        path = ".".join(map(_path_element, field.elements)) if field else ""
+        allowed.setdefault(path, []).append(_plain(violation.proto.message or "is not allowed"))
+    return [(path, _conjunction(rules)) for path, rules in allowed.items()]
+
+
+def sentence(violations: Sequence[tuple[str, str]]) -> str:
+    """The first fault in words, a field's own before a rule over several."""
+    path, allowed = next((each for each in violations if each[0]), violations[0])
+    colon = "" if not path or allowed.startswith(("must ", "is ")) else ":"
+    others = len(violations) - 1
+    rest = f" ({others} more {'field is' if others == 1 else 'fields are'} at fault.)" if others else ""
+    return f"{path}{colon} {allowed}.{rest}".strip()
+
+
+def _path_element(element: Any) -> str:
+    subscript = element.subscript
+    return f"{element.field_name}[{subscript.value}]" if subscript is not None else str(element.field_name)
+
+
+def _plain(message: str) -> str:
+    """The sentence of protovalidate, shorter."""
+    message = re.sub(r"greater than or equal to (\S+) and less than or equal to (\S+)", r"between \1 and \2", message)
+    message = re.sub(r"greater than (\S+) and less than or equal to (\S+)", r"above \1 and at most \2", message)
+    message = message.replace("less than or equal to", "at most").replace("greater than or equal to", "at least")
+    message = message.replace("field is required in oneof", "form is required")
+    return message.removeprefix("repeated value ").removeprefix("value ")
+
+
+def _conjunction(rules: list[str]) -> str:
+    """["must be between 0 and 1", "must be finite"] becomes "must be finite and between 0 and 1"."""
+    rules = sorted(rules, key=len)
+    return " and ".join([rules[0], *(rule.removeprefix("must be ") for rule in rules[1:])])
+
+
+def _caller_id(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    """An id of the caller that is safe to log and to send back."""
+    ids = (value for key, value in metadata if key == REQUEST_ID_KEY and isinstance(value, str))
+    return next((each for each in ids if ACCEPTABLE_ID.fullmatch(each)), None)

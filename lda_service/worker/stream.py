@@ -1,0 +1,139 @@
+"""The server's view of one request in the worker: a bounded queue of its events.
+
+Lives on the event loop. Knows when a request has ended and what a slow reader costs; nothing of pipes or processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+from lda_service.engine.request import RequestFailed, SequenceDelta
+from lda_service.errors import SlowConsumer
+from lda_service.worker.messages import ends_sequence, sequences_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self
+
+    from lda_service.engine.request import Event, GenerationRequest, ScoreRequest
+    from lda_service.errors import LdaError
+
+
+class EventStream:
+    """Async iterator over the events of one request, and the context manager that gives its place back.
+
+    It ends by itself when every sequence has ended, and raises the error that ended it otherwise.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest | ScoreRequest,
+        max_buffered_tokens: int,
+        release: Callable[[EventStream], None],
+    ) -> None:
+        self.request_id = request.request_id
+        self._max_buffered_tokens = max_buffered_tokens
+        self._release = release  # called once, when the worker owes nothing more or is to stop
+        self._sequences_open = sequences_of(request)  # counted down by push
+        self._events: deque[Event] = deque()  # filled by push, emptied by the reader
+        self._buffered_tokens = 0  # tokens in _events
+        self._error: LdaError | None = None  # what ended the stream before its time
+        self._closed = False  # set once by close
+        self._news = asyncio.Event()  # set when there is something to read or an end to see
+
+    @property
+    def settled(self) -> bool:
+        """Whether the worker has sent everything it owes, so that there is nothing to cancel."""
+        return not self._sequences_open
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether everything was read and nothing will follow."""
+        return self.settled and not self._events and self._error is None
+
+    def push(self, event: Event) -> None:
+        """Take an event from the worker."""
+        if isinstance(event, RequestFailed):
+            self._sequences_open = 0
+            self.fail(event.error)
+            return
+        if isinstance(event, SequenceDelta):
+            self._buffered_tokens += len(event.tokens)
+        self._sequences_open -= ends_sequence(event)
+        self._events.append(event)
+        self._news.set()
+        if self._buffered_tokens > self._max_buffered_tokens:
+            self._end_slow_reader()
+        elif self.settled:
+            self._release(self)
+
+    def fail(self, error: LdaError) -> None:
+        """End the stream with an error; what was delivered before it may still be read."""
+        if not self._closed and self._error is None:
+            self._error = error
+            self._news.set()
+            self._release(self)
+
+    def close(self) -> None:
+        """Nobody reads any more: the worker is told to stop, if it has not. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._release(self)
+
+    async def next(self, timeout_s: float | None = None) -> Event | None:
+        """The next event, or None if none came in time. Not to be called when the stream is exhausted.
+
+        Raises:
+            LdaError: the request failed, or the server ended it.
+        """
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            self._news.clear()
+            if not await self._wait(timeout_s):
+                return None
+        event = self._events.popleft()
+        if isinstance(event, SequenceDelta):
+            self._buffered_tokens -= len(event.tokens)
+        return event
+
+    async def _wait(self, timeout_s: float | None) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _end_slow_reader(self) -> None:
+        """Drop what is buffered and stop: the memory of a stalled reader is bounded, whatever it asked for."""
+        buffered = self._buffered_tokens
+        self._events.clear()
+        self.fail(
+            SlowConsumer(
+                f"The stream was ended because {buffered} tokens were waiting to be read; read faster, or ask for "
+                "fewer sequences per call.",
+                metadata={"buffered_tokens": str(buffered)},
+            )
+        )
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self.exhausted:
+            raise StopAsyncIteration
+        event = await self.next()
+        assert event is not None, "without a time limit there is always an event"
+        return event
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
