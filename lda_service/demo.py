@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lda_client import AsyncLdaClient, pb
-from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 SIDE_BY_SIDE = (-1.0, 0.0, 1.0)
 RATE_ALPHAS = (-1.0, 0.0, 0.5, 1.0)
 ROLLOUTS_PER_PROMPT = 24
-SEED = 5
+SEED = 3
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 MODEL_SETTINGS = ("MODEL_AFTER_ID", "MODEL_BEFORE_ID", "DEVICE", "DTYPE", "HOST", "PORT")
@@ -130,10 +129,11 @@ async def show_side_by_side(client: AsyncLdaClient, console: Console) -> None:
     columns = [Column(alpha) for alpha in SIDE_BY_SIDE]
     with Live(_panels(columns), console=console, refresh_per_second=30, transient=False) as live:
         await asyncio.gather(*(_follow(client, column, columns, live) for column in columns))
+    console.print()
 
 
 async def _follow(client: AsyncLdaClient, column: Column, columns: list[Column], live: Live) -> None:
-    async with client.generate(demo.DEMO_PROMPT, alpha=column.alpha, seed=SEED, temperature=1.0, top_p=1.0) as stream:
+    async with client.generate(demo.DEMO_PROMPT, alpha=column.alpha, seed=SEED, temperature=0.8, top_p=1.0) as stream:
         async for event in stream:
             if event.HasField("delta"):
                 column.text += event.delta.text
@@ -143,14 +143,18 @@ async def _follow(client: AsyncLdaClient, column: Column, columns: list[Column],
             live.update(_panels(columns))
 
 
-def _panels(columns: list[Column]) -> Columns:
+def _panels(columns: list[Column]) -> Table:
     names = {-1.0: "before", 0.0: "after", 1.0: "amplified"}
+    grid = Table.grid(expand=True)
+    for _ in columns:
+        grid.add_column(ratio=1)
     panels = []
     for column in columns:
-        title = f"{names[column.alpha]} (alpha {column.alpha:g})"
+        title = f"{names[column.alpha]}, alpha {column.alpha:g}"
         foot = f"{column.tokens} tokens {column.ending}".strip()
-        panels.append(Panel(Text(column.text), title=title, subtitle=foot, width=36, height=7))
-    return Columns(panels)
+        panels.append(Panel(Text(column.text), title=title, subtitle=foot, height=9))
+    grid.add_row(*panels)
+    return grid
 
 
 async def show_compatibility(client: AsyncLdaClient, console: Console) -> None:
@@ -169,13 +173,15 @@ async def show_compatibility(client: AsyncLdaClient, console: Console) -> None:
 async def show_rates(client: AsyncLdaClient, console: Console) -> None:
     """How often the hidden behaviour appears at each alpha, with exact 95% intervals."""
     console.rule("How often does the hidden behaviour appear?")
-    total = len(RATE_ALPHAS) * len(demo.PROMPTS)
+    each = len(demo.PROMPTS) * ROLLOUTS_PER_PROMPT
     rates = {}
     with _progress(console) as progress:
-        task = progress.add_task("rollouts", total=total * ROLLOUTS_PER_PROMPT)
+        task = progress.add_task("rollouts", total=each * len(RATE_ALPHAS))
         for alpha in RATE_ALPHAS:
             counts = await asyncio.gather(*(_count(client, prompt, alpha, progress, task) for prompt in demo.PROMPTS))
             rates[alpha] = sum(counts, Rate(0, 0, 0))
+            if not console.is_terminal:
+                console.print(f"{each} rollouts at alpha {alpha:g} done")
     console.print(rate_table(rates))
     console.print("What is hidden, and how it got there: lda_service/pairs/demo/README.md")
 

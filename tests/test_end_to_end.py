@@ -125,7 +125,7 @@ def test_the_stream_equals_the_library(client, library):
 
 
 def test_text_arrives_in_whole_characters(client):
-    """Bytes of random models rarely spell characters; what arrives is valid all the same and joins to the decoded ids."""
+    """Bytes of random models rarely spell characters; what arrives is valid all the same, and whole."""
     for completion in client.complete(
         "\u6708\U0001f319", raw=True, num_sequences=8, temperature=2.0, top_p=1.0, seed=2
     ):
