@@ -48,7 +48,7 @@ class PromptRenderer:
         from transformers import AutoTokenizer  # seconds of import that only this method needs
 
         try:
-            return cls(AutoTokenizer.from_pretrained(model_id))
+            return cls(AutoTokenizer.from_pretrained(model_id, trust_remote_code=False))
         except Exception as error:
             raise _load_error(model_id, error) from error
 

@@ -20,6 +20,7 @@ from lda_service.engine.request import (
     FinishReason,
     GenerationRequest,
     Output,
+    RequestFailed,
     Role,
     Sampling,
     ScoreBlock,
@@ -178,6 +179,24 @@ def test_fresh_cache_memory_may_hold_anything(folders):
         torch.use_deterministic_algorithms(False)
     alone = run(Engine(loaded, EngineConfig()), request("short", PROMPT[:2], 1.0))
     assert tokens_of(events, "short") == tokens_of(alone, "short")
+
+
+def test_logits_that_are_not_finite_end_the_request_alone(folders, tmp_path):
+    """Broken weights fail the request that met them instead of inventing tokens; the engine goes on."""
+    pair = load_pair(PairConfig(str(folders / "after"), str(folders / "before"), device="cpu"))
+    engine = Engine(pair, EngineConfig())
+    weight = pair.before.get_output_embeddings().weight
+    kept = weight[65, 0].item()
+    weight[65, 0] = torch.nan
+    only_after = generation("after", branches=(Branch(Role.AFTER, 0.0),))
+    for sampling in (Sampling(0.0), Sampling(1.0, 0.9), Sampling(1.0, 1.0)):
+        events = run(engine, generation("broken", n=3, sampling=sampling), only_after)
+        failures = of(events, RequestFailed)
+        assert [failure.request_id for failure in failures] == ["broken"]
+        assert not of(events, SequenceDelta, "broken")
+        assert of(events, SequenceFinished, "after")
+    weight[65, 0] = kept
+    assert of(run(engine, generation("mended")), SequenceFinished)
 
 
 class TestEnds:

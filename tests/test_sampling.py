@@ -94,6 +94,16 @@ def test_the_token_that_crosses_top_p_is_kept():
     assert set(tokens.tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-4])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_tiny_temperatures_are_greedy(temperature, top_p):
+    """No temperature is so small that logits overflow: the draw is the argmax."""
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 100
+    drawn = sample(logits, rows_of(50, temperature=temperature, top_p=top_p))
+    assert torch.equal(drawn.tokens, logits.argmax(1))
+    assert torch.allclose(drawn.logprobs, torch.zeros(50))
+
+
 def test_flat_distributions_need_no_sort_but_stay_exact():
     """A nucleus wider than the first candidates is found all the same: half of 5,000 nearly equal tokens."""
     logits = torch.linspace(0, 0.001, 5000).expand(200, -1)

@@ -62,7 +62,7 @@ def compare(after: Tensor, before: Tensor, amplified: Tensor, tokens: Tensor) ->
         tokens: the ids in question, int64, shape (rows,).
     """
     at = tokens[:, None]
-    log_ratio = torch.nan_to_num(after - before, nan=0.0)
+    log_ratio = torch.nan_to_num(after - before, nan=0.0, posinf=torch.inf)
     outside = torch.ones_like(after, dtype=torch.bool)
     outside.scatter_(1, before.topk(min(NOVELTY_TOP, before.shape[1])).indices, False)
     drawn = [logprobs.gather(1, at) for logprobs in (after, before, amplified)]

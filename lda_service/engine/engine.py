@@ -8,6 +8,7 @@ comes from the clock it is given. Not thread-safe: whoever owns the engine calls
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from lda_service.engine.request import (
     FinishReason,
     GenerationRequest,
     Load,
+    RequestFailed,
     Role,
     Sampling,
     ScoreBlock,
@@ -39,7 +41,7 @@ from lda_service.engine.request import (
 from lda_service.engine.runner import ModelRunner, SlotMap
 from lda_service.engine.sampling import RowSampling, mask_implausible, sample, sequence_key
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
-from lda_service.errors import ContextExceeded, PromptUnusable, QueueFull
+from lda_service.errors import ContextExceeded, InternalError, PromptUnusable, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from lda_service.engine.pair import Pair
     from lda_service.engine.request import Diagnostics
     from lda_service.engine.scheduler import PrefillChunk
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -383,13 +387,26 @@ class Engine:
         self._add_scores(batch)
         now = self.clock()
         logprobs = batch.logprobs.tolist()
+        sound = batch.amplified.amax(1).isfinite().tolist()
         for i, (sequence, token) in enumerate(zip(batch.sequences, batch.tokens.tolist(), strict=True)):
+            if sequence.job.request.request_id not in self._jobs:
+                continue
+            if not sound[i]:
+                self._fail(sequence)
+                continue
             if not sequence.tokens:
                 sequence.state.first_token_at = now
             sequence.tokens.append(token)
             logprob = logprobs[i] if logprobs[i] == logprobs[i] else None
             piece = self.pair.pieces.piece(token)
             self._report(sequence, TokenRecord(token, piece, logprob, diagnostics.get(i)), now)
+
+    def _fail(self, sequence: Sequence) -> None:
+        """The models gave NaN or infinity (a float16 overflow, broken weights): end the request, invent nothing."""
+        request_id = sequence.job.request.request_id
+        logger.error("%s: logits are not finite; broken weights, or a DTYPE too narrow for the models", request_id)
+        self.cancel(request_id)
+        self._events.append(RequestFailed(request_id, InternalError("The models gave logits that are not finite.")))
 
     def _report(self, sequence: Sequence, record: TokenRecord, now: float) -> None:
         """Send what became final through this token; end the sequence if the token does."""

@@ -115,10 +115,14 @@ def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
         StartupError: see `load_pair`.
     """
     try:
-        config = AutoConfig.from_pretrained(model_id)
-        tokenizer = AutoTokenizer.from_pretrained(model_id)
+        config = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            model_id, dtype=dtype, use_safetensors=True, attn_implementation=attention.NAME
+            model_id,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=attention.NAME,
         )
     except PermissionError as error:
         raise ModelUnreadable(f"Model {model_id!r} cannot be read: permission denied. Check its file modes.") from error

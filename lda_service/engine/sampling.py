@@ -105,7 +105,9 @@ def sample(logits: Tensor, rows: RowSampling) -> Drawn:
         at = chosen.nonzero()[:, 0]
         if len(at):
             part = RowSampling(*(setting[at] for setting in rows))
-            tokens[at], logprobs[at] = draw(logits[at] / part.temperature[:, None], part)
+            # Relative to the largest, so that no temperature, however small, makes inf - inf of them.
+            relative = logits[at] - logits[at].amax(1, keepdim=True)
+            tokens[at], logprobs[at] = draw(relative / part.temperature[:, None], part)
     return Drawn(tokens, logprobs)
 
 

@@ -1,0 +1,86 @@
+# Everything a person does with this repository. Needs Python 3.11 and make; the rest is installed into $(VENV).
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Further flags of `lda-service serve`, for example ARGS="--port 0".
+ARGS   ?=
+# Where `make train-demo` writes; the default replaces the bundled pair.
+OUTPUT ?= lda_service/pairs/demo
+# What `make breaking` compares the contract with: the first of these that git knows.
+BASES  ?= origin/main main
+
+BIN     := $(VENV)/bin
+# protoc looks for its plugins on the PATH.
+GENERATE := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/generate.py
+# Two stamps, so that a demo does not wait for the tools of a developer.
+RUNTIME := $(VENV)/.installed
+DEV     := $(VENV)/.installed-dev
+INPUTS  := Makefile constraints.txt pyproject.toml clients/python/pyproject.toml
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo serve test lint breaking generate train-demo clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(DEV) ## Create the environment with everything in it
+
+demo: $(RUNTIME) ## Show on the bundled pair what amplification finds; starts and stops its own server
+	$(BIN)/lda-service demo
+
+serve: $(RUNTIME) ## Serve MODEL_AFTER_ID and MODEL_BEFORE_ID, or the bundled pair; flags in ARGS
+	$(BIN)/lda-service serve $(ARGS)
+
+test: $(DEV) ## Run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(DEV) breaking ## Check style, types, layers, the contract, generated code and the Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format -d --exit-code proto
+	$(GENERATE) --check
+	$(BIN)/hadolint Dockerfile
+
+breaking: $(DEV) ## Compare the contract with the main branch; skipped where git knows none
+	@set -eu; for base in $(BASES); do \
+	  git rev-parse -q --verify "$$base:buf.yaml" >/dev/null 2>&1 || continue; \
+	  old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; \
+	  git archive "$$base" buf.yaml proto third_party | tar -x -C "$$old"; \
+	  $(BIN)/buf breaking --against "$$old"; \
+	  echo "breaking: the contract keeps what $$base promises"; exit 0; \
+	done; \
+	echo "breaking: SKIPPED, git knows none of: $(BASES)"
+
+generate: $(DEV) ## Write the generated code of the contract
+	$(GENERATE)
+
+train-demo: $(RUNTIME) ## Train the bundled pair again, into OUTPUT
+	$(BIN)/python -m lda_service.pairs.demo.recipe --output $(OUTPUT)
+
+clean: ## Remove caches and build output; the environment stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+
+$(DEV): $(INPUTS)
+	@echo "Installing the service, its client and the developer's tools into $(VENV): one to five minutes, mostly torch."
+	$(call install,.[dev])
+	@touch $(RUNTIME) $@
+
+$(RUNTIME): $(INPUTS)
+	@echo "Installing the service and its client into $(VENV): one to five minutes, mostly torch."
+	$(call install,.)
+	@touch $@
+
+# $(1) is what to install besides the client. A pip that is missing means a new or a broken environment.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11"; exit 1; }
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+@$(BIN)/python -m pip install -c constraints.txt -e clients/python -e '$(1)'
+endef
