@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -119,12 +120,13 @@ def serve(
 
 @main.command()
 @click.option("--port", default=0, show_default=True, type=click.IntRange(0, 65535), help="0 picks a free one.")
-def demo(port: int) -> None:
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the output into an SVG file.")
+def demo(port: int, picture: Path | None) -> None:
     """Serve the bundled pair and show what amplification finds in it."""
     from lda_service.demo import run
 
     try:
-        run(port=port)
+        run(port, picture)
     except LdaError as error:
         _fail(error)
 

@@ -31,13 +31,15 @@ from lda_service.pairs.demo.rates import Rate
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 SIDE_BY_SIDE = (-1.0, 0.0, 1.0)
 RATE_ALPHAS = (-1.0, 0.0, 0.5, 1.0)
-ROLLOUTS_PER_PROMPT = 24
+ROLLOUTS_PER_PROMPT = 16
 SEED = 3
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
+PICTURE_COLUMNS = 100
 MODEL_SETTINGS = ("MODEL_AFTER_ID", "MODEL_BEFORE_ID", "DEVICE", "DTYPE", "HOST", "PORT")
 
 
@@ -51,13 +53,16 @@ class Column:
     ending: str = ""
 
 
-def run(port: int = 0, console: Console | None = None) -> None:
-    """The whole tour.
+def run(port: int = 0, picture: Path | None = None) -> None:
+    """The whole tour, on standard output; `picture` names an SVG file to draw it into as well.
 
     Raises:
         InternalError: the server did not start; its log was printed.
     """
-    asyncio.run(tour(port, console or Console()))
+    console = Console(record=picture is not None, width=PICTURE_COLUMNS if picture else None)
+    asyncio.run(tour(port, console))
+    if picture is not None:
+        console.save_svg(str(picture), title="lda-service demo")
 
 
 async def tour(port: int, console: Console) -> None:
