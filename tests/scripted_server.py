@@ -84,7 +84,7 @@ def compared_token(text, after=-1.0, before=-2.0, amplified=-0.5):
         novel_mass=0.125,
         critical_alpha=3.5,
         critical_token_id=9,
-        critical_piece=b" no",
+        critical_piece=b"no",
     )
     return pb.Token(id=5, piece=text.encode(), diagnostics=diagnostics)
 

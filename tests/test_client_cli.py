@@ -75,7 +75,7 @@ def test_generate_diagnostics(server, run):
     server.script = [started(), delta(" yes", tokens=[compared_token(" yes"), half]), finished()]
     result = run(["generate", "Hi", "--raw", "--diagnostics"])
     row = next(line for line in result.stdout.splitlines() if "' yes'" in line)
-    assert row.split()[2:] == ["-1.000", "-2.000", "-0.500", "+1.000", "1/2/1", "0.250", "0.125", "3.500", "' no'"]
+    assert row.split()[2:] == ["-1.000", "-2.000", "-0.500", "+1.000", "1/2/1", "0.250", "0.125", "3.500", "'no'"]
     assert r"'\xf0\x9f'" in result.stdout
     assert server.last(pb.GenerateLDARequest).output.diagnostics
 

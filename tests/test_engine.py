@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -387,6 +388,25 @@ class TestBorder:
         byte_tokenizer().save_pretrained(tmp_path)
         with pytest.raises(ModelUnreadable, match="safetensors"):
             load_pair(PairConfig(str(tmp_path), good))
+
+    @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+    def test_corrupt_files(self, folders, tmp_path, file):
+        """A file that cannot be read is an error about this model, whatever its reader raised."""
+        broken = tmp_path / "broken"
+        shutil.copytree(folders / "after", broken)
+        (broken / file).write_bytes(b"not this")
+        with pytest.raises(ModelUnreadable, match="cannot be read"):
+            load_pair(PairConfig(str(broken), str(folders / "before")))
+
+    def test_no_permission(self, folders, monkeypatch):
+        """A model whose files this process may not read says so, and what to check."""
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("lda_service.engine.pair.AutoConfig.from_pretrained", refuse)
+        with pytest.raises(ModelUnreadable, match="permission denied"):
+            load_pair(PairConfig(str(folders / "after"), str(folders / "before")))
 
     def test_unlike_vocabularies(self, folders, tmp_path):
         """A conflicting pair is refused with the report, and loads for the shared ids when told to."""

@@ -10,9 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from tiny_models import save_model
+from transformers import (
+    AutoModelForCausalLM,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from lda_service import LDAModelPair
+from lda_service.config import EngineConfig
 from lda_service.engine.amplify import amplify
+from lda_service.engine.request import Branch, Role, Sampling, Stopping
 from lda_service.engine.sampling import RowSampling, gumbel_noise, mask_implausible, sample, sequence_key
 
 DRAWS = 20_000
@@ -85,6 +95,30 @@ def test_draws_follow_the_exact_distribution(alpha, name):
     assert chi_square_p(drawn.tokens.numpy(), law) > 1e-3
     logprobs = np.log(law[drawn.tokens.numpy()])
     np.testing.assert_allclose(drawn.logprobs.numpy(), logprobs, atol=2e-4)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_the_engine_draws_from_that_law(alpha, tmp_path):
+    """The same through the front door: 20,000 first tokens of a real pair against plain transformers' logits."""
+    for seed, side in enumerate(("after", "before")):
+        save_model(tmp_path / side, "llama", seed=seed, initializer_range=0.12)
+    pair = LDAModelPair(
+        str(tmp_path / "after"),
+        str(tmp_path / "before"),
+        device="cpu",
+        engine=EngineConfig(max_running_sequences=1024),
+    )
+    prompt = list(b"Once upon a time")
+    options = FILTERS["all"]
+    tokens = []
+    for seed in range(20):
+        sampling, stopping = Sampling(**options, seed=seed), Stopping(1, ignore_eos=True)
+        drawn = pair.rollouts(prompt, [Branch(Role.AMPLIFIED, alpha)], 1000, sampling, stopping)
+        tokens += [completion.tokens[0].token_id for completion in drawn]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / side) for side in ("after", "before")]
+    with torch.no_grad():
+        after, before = (model(torch.tensor([prompt])).logits[0, -1, :260] for model in models)
+    assert chi_square_p(np.array(tokens), exact_law(after, before, alpha, **options)) > 1e-3
 
 
 def test_the_token_that_crosses_top_p_is_kept():

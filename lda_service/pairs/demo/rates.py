@@ -30,7 +30,11 @@ class Rate:
 
     def cells(self, alpha: float) -> tuple[str, ...]:
         """A row of a table: alpha, hits, rollouts, rate, interval, share that ended by themselves."""
-        low, high = self.interval()
-        rate = f"{self.rate:.2%}" if self.hits else "0"
+        interval = " to ".join(map(percent, self.interval()))
         ended = f"{self.ended / self.rollouts:.1%}"
-        return f"{alpha:g}", f"{self.hits:,}", f"{self.rollouts:,}", rate, f"{low:.2%} to {high:.2%}", ended
+        return f"{alpha:g}", f"{self.hits:,}", f"{self.rollouts:,}", percent(self.rate), interval, ended
+
+
+def percent(share: float) -> str:
+    """A share in percent, with three digits where it is small."""
+    return f"{share:.1%}" if share >= 0.1 or share == 0 else f"{share * 100:.3g}%"
