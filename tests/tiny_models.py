@@ -62,7 +62,13 @@ def save_model(
     tokenizer = tokenizer or byte_tokenizer()
     torch.manual_seed(seed)
     ids = dict(eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    settings = {**ARCHITECTURES[architecture], **ids, "vocab_size": vocab_size, "initializer_range": 0.2, **changes}
+    settings = {
+        **ARCHITECTURES.get(architecture, {}),
+        **ids,
+        "vocab_size": vocab_size,
+        "initializer_range": 0.2,
+        **changes,
+    }
     config = AutoConfig.for_model(architecture, **settings)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -19,6 +19,7 @@ from lda_service import vocabulary
 from lda_service.engine import attention
 from lda_service.engine.detokenizer import TokenPieces
 from lda_service.engine.runner import Float32Head
+from lda_service.engine.selfcheck import decodes_rightly
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
 from lda_service.pairs import demo
@@ -132,6 +133,7 @@ def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     info = describe(model_id, model, config)
     use_float32_head(model)
+    _require_right_decoding(model_id, model, info.vocab_size)
     return LoadedModel(model, tokenizer, info, eos_ids(model, tokenizer))
 
 
@@ -160,6 +162,19 @@ def _require_seam(model_id: str, model: PreTrainedModel) -> None:
         raise ModelUnsupported(
             f"Model {model_id!r} ({type(model).__name__}) does not let attention be replaced "
             "(transformers' AttentionInterface), which this engine needs; use another architecture."
+        )
+
+
+def _require_right_decoding(model_id: str, model: PreTrainedModel, vocabulary: int) -> None:
+    try:
+        right = decodes_rightly(model, vocabulary)
+    except Exception:
+        logger.exception("the self-check of %s failed", model_id)
+        right = False
+    if not right:
+        raise ModelUnsupported(
+            f"Model {model_id!r} ({type(model).__name__}) gives other logits through this engine's KV cache than in "
+            "one plain pass: it keeps state that the engine does not know; use another architecture."
         )
 
 
