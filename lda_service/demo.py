@@ -62,7 +62,9 @@ def run(port: int = 0, picture: Path | None = None) -> None:
     console = Console(record=picture is not None, width=PICTURE_COLUMNS if picture else None)
     asyncio.run(tour(port, console))
     if picture is not None:
-        console.save_svg(str(picture), title="lda-service demo")
+        drawing = console.export_svg(title="lda-service demo")
+        # The picture stands alone: any monospaced font of the viewer's does, none is fetched.
+        picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawing, flags=re.DOTALL), encoding="utf-8")
 
 
 async def tour(port: int, console: Console) -> None:
