@@ -67,7 +67,7 @@ def main() -> None:
     "--max-queued-requests",
     default=ENGINE.max_queued_requests,
     show_default=True,
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=1),
     help="Requests that may wait; more are refused.",
 )
 @click.option(

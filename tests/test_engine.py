@@ -259,6 +259,25 @@ class TestEnds:
         ]
         assert min(ends(0)) < 20 <= min(ends(20))
 
+    def test_min_new_tokens_with_a_plausibility_mask(self, tmp_path):
+        """Where the after model is sure of the end, ruling it out leaves the rest to draw from, and evidence alone."""
+        save_model(tmp_path / "after", seed=1)
+        save_model(tmp_path / "before", seed=2)
+        pair = LDAModelPair(str(tmp_path / "after"), str(tmp_path / "before"), device="cpu")
+        head = pair._engine.pair.after.get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]), requires_grad=False)
+        head.bias[EOS] = 60.0
+        sampling, stopping = Sampling(1.0, 1.0, plausibility=0.5, seed=1), Stopping(20, min_new_tokens=4)
+        branch, output = Branch(Role.AMPLIFIED, 0.5), Output(diagnostics=True, score_alphas=(0.5,))
+        drawn = pair.rollouts("Hello", [branch], 1, sampling, stopping, output)[0]
+        ids = [record.token_id for record in drawn.tokens]
+        assert (len(ids), ids[-1]) == (5, EOS)
+        scored = pair.score("Hello", ids, alpha=0.5)
+        for ours, plain in zip(drawn.tokens, scored.tokens, strict=True):
+            assert ours.diagnostics.after_logprob == pytest.approx(plain.diagnostics.after_logprob, abs=1e-3)
+        # The law of the draw knows that the end was ruled out: otherwise each token costs some 50 nats.
+        assert -60 < drawn.alpha_scores[0.5] < 0
+
     def test_stop_token(self, engine):
         """A stop token ends the sequence, is named, and adds no text."""
         first = run(engine, generation(stopping=Stopping(12, ignore_eos=True)))

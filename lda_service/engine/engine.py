@@ -85,6 +85,7 @@ class Batch:
     alpha: Tensor  # (rows,)
     temperature: Tensor
     amplified: Tensor = field(init=False)
+    drawable: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
     logprobs: Tensor = field(init=False)
 
@@ -350,15 +351,15 @@ class Engine:
     # Amplify --------------------------------------------------------------------------------------------------------
 
     def _amplify(self, batch: Batch) -> None:
-        """Set `batch.amplified`; rows below their least length may not end."""
+        """Set `batch.amplified`, and `batch.drawable`: the after model's logits of the ids that may be drawn now."""
+        batch.amplified = amplify(batch.after, batch.before, batch.alpha)
+        batch.drawable = batch.after
         early = [i for i, s in enumerate(batch.sequences) if len(s.tokens) < _stopping(s).min_new_tokens]
         if early:
-            batch.after, batch.before = batch.after.clone(), batch.before.clone()
+            batch.drawable = batch.after.clone()
             for i in early:
-                endings = sorted(self.pair.stop_ids | set(_stopping(batch.sequences[i]).stop_token_ids))
-                endings = [token for token in endings if token < self.pair.vocabulary_size]
-                batch.after[i, endings] = -torch.inf
-        batch.amplified = amplify(batch.after, batch.before, batch.alpha)
+                endings = self.pair.stop_ids | set(_stopping(batch.sequences[i]).stop_token_ids)
+                batch.drawable[i, [token for token in endings if token < self.pair.vocabulary_size]] = -torch.inf
 
     # Sample ---------------------------------------------------------------------------------------------------------
 
@@ -366,9 +367,11 @@ class Engine:
         """Set `batch.tokens` and `batch.logprobs`."""
         settings = [_sampling(sequence) for sequence in batch.sequences]
         logits = batch.amplified
+        if batch.drawable is not batch.after:
+            logits = logits.masked_fill(batch.drawable.isneginf(), -torch.inf)
         floors = [0.0 if s.branch.role is Role.BEFORE else _sampling(s).plausibility for s in batch.sequences]
         if any(floors):
-            logits = mask_implausible(logits, batch.after, self._column(floors))
+            logits = mask_implausible(logits, batch.drawable, self._column(floors))
         rows = RowSampling(
             temperature=batch.temperature,
             top_k=self._column([s.top_k for s in settings], torch.int64),
@@ -493,7 +496,7 @@ class Engine:
             alphas = self._column(list(_request(sequence).output.score_alphas))
             temperature = torch.where(batch.temperature[i : i + 1] > 0, batch.temperature[i : i + 1], 1.0)
             row = slice(i, i + 1)
-            scores = score(batch.after[row], batch.before[row], batch.tokens[row], alphas, temperature)
+            scores = score(batch.drawable[row], batch.before[row], batch.tokens[row], alphas, temperature)
             sequence.state.alpha_scores += scores[0].cpu()
 
     def _diagnose(self, batch: Batch) -> dict[int, Diagnostics]:
