@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SIDE_BY_SIDE = (-1.0, 0.0, 1.0)
 RATE_ALPHAS = (-1.0, 0.0, 0.5, 1.0)
 ROLLOUTS_PER_PROMPT = 16
-SEED = 3
+SEED = 3  # at alpha 1 it shows the behaviour, as about six seeds in ten do
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 PICTURE_COLUMNS = 100
