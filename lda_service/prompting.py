@@ -85,7 +85,7 @@ class PromptRenderer:
         Raises:
             NoChatTemplate: the after model has none.
             InvalidRequest: the template refuses these turns.
-            PromptUnusable: the conversation renders to no tokens.
+            PromptUnusable: the last message is empty, or the conversation renders to no tokens.
         """
         if not self.has_chat_template:
             raise NoChatTemplate(
@@ -95,6 +95,9 @@ class PromptRenderer:
             )
         if not messages:
             raise InvalidRequest("The conversation is empty: send at least one message.", field="prompt.chat.messages")
+        if not messages[-1][1]:
+            # A template would make tokens of it all the same, and a mistake of the caller would get an answer.
+            raise PromptUnusable("The last message is empty: send at least one character of text.", field="prompt.chat")
         rendered = self._rendered(messages, continue_final_message)
         # The template writes the special tokens itself.
         return self._checked(self._ids(rendered, add_special_tokens=False), "prompt.chat")

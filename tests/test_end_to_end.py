@@ -24,6 +24,7 @@ from tiny_models import byte_tokenizer, save_model
 
 from lda_service import LDAModelPair
 from lda_service.engine.request import Branch, Role, Sampling, Stopping
+from lda_service.errors import PromptUnusable
 
 WAIT_S = 60
 TOKENIZER = byte_tokenizer()
@@ -206,6 +207,14 @@ def test_the_command_line(server):
         result = run(*arguments)
         assert result.exit_code == 0, result.output
         assert result.stdout
+
+
+def test_an_empty_prompt_is_no_prompt(client, library):
+    """A plain empty prompt is refused, though the chat template would make tokens of it; so it is by the library."""
+    with pytest.raises(lda_client.PromptUnusable, match="empty"):
+        client.complete("")
+    with pytest.raises(PromptUnusable, match="empty"):
+        library.generate_lda(prompt="")
 
 
 def test_worker_kill_minus_9(models):
