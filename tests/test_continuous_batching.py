@@ -148,7 +148,7 @@ def test_company_changes_nothing(pair, arrivals, rows, chunk, pages):
 def test_the_property_can_fail(pair, monkeypatch):
     """The test above notices a row that sees its neighbour: with positions off by one for company, outcomes differ."""
     engine = Engine(pair, EngineConfig())
-    runner = engine.runners[0]
+    runner = engine.models.runners[0]
     decode = runner.decode
     monkeypatch.setattr(runner, "decode", lambda rows, slots: decode(rows, slots).roll(1, 0))
     names = ("one", "two")

@@ -136,7 +136,7 @@ def test_generate_both_is_alpha_0_and_alpha_minus_1_on_the_same_noise(engine):
 def test_one_prompt_is_prefilled_once_and_each_model_runs_only_the_rows_that_need_it(engine, monkeypatch):
     """64 rollouts prefill the prompt once per model; alpha 0 never runs before, alpha -1 never after."""
     work = {0: [0, 0], 1: [0, 0]}
-    for side, runner in enumerate(engine.runners):
+    for side, runner in enumerate(engine.models.runners):
         prefill, decode = runner.prefill, runner.decode
 
         def counted_prefill(chunk, keep, side=side, prefill=prefill):
@@ -164,7 +164,7 @@ def test_a_model_that_falls_behind_is_noticed(engine, monkeypatch):
     """The check of each step: if one cache does not advance with the other, the step fails instead of drifting."""
     engine.submit(generation())
     engine.step()
-    cache = engine.runners[1].cache
+    cache = engine.models.runners[1].cache
     monkeypatch.setattr(cache, "advance", lambda owner, start, stop: cache.lengths.setdefault(owner, start))
     with pytest.raises(AssertionError, match="different positions"):
         engine.step()

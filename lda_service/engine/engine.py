@@ -19,6 +19,7 @@ from torch import Tensor
 from lda_service.engine.amplify import amplify, score
 from lda_service.engine.detokenizer import TextStream
 from lda_service.engine.evidence import diagnose
+from lda_service.engine.lockstep import PairRunner
 from lda_service.engine.memory import default_cache_tokens
 from lda_service.engine.pages import PagePool
 from lda_service.engine.request import (
@@ -38,7 +39,6 @@ from lda_service.engine.request import (
     Stopping,
     TokenRecord,
 )
-from lda_service.engine.runner import ModelRunner, SlotMap
 from lda_service.engine.sampling import RowSampling, mask_implausible, sample, sequence_key
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
 from lda_service.errors import ContextExceeded, InternalError, PromptUnusable, QueueFull
@@ -56,9 +56,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class JobState:
-    """What the engine keeps for a job: which models it needs, the logits after its prompt, when it was admitted."""
+    """What the engine keeps for a job: the logits after its prompt, when it was admitted."""
 
-    needs: tuple[bool, bool]  # after, before
     alpha_scores: Tensor  # a score's sums so far, (score alphas,), float64
     logits: Tensor | None = None  # (2, vocabulary)
     admitted_at: float = 0.0
@@ -68,7 +67,6 @@ class JobState:
 class SequenceState:
     """What the engine keeps for a sequence."""
 
-    needs: tuple[bool, bool]  # after, before
     key: int
     text: TextStream
     alpha_scores: Tensor  # (score alphas,), float64
@@ -109,8 +107,7 @@ class Engine:
         pool = PagePool(max(1, tokens // config.page_tokens), config.page_tokens)
         self.scheduler = Scheduler(pool, config.max_running_sequences, config.prefill_chunk_tokens)
         slots = pool.num_pages * pool.page_tokens
-        self.runners = tuple(ModelRunner(m, slots, pair.vocabulary_size) for m in (pair.after, pair.before))
-        self.slot_map = SlotMap(config.max_running_sequences, self.context_tokens, self.device)
+        self.models = PairRunner(pair, slots, config.max_running_sequences, self.context_tokens)
         self._jobs: dict[str, Job] = {}
         self._events: list[Event] = []
         self._allowed = torch.zeros(pair.vocabulary_size, dtype=torch.bool, device=self.device)
@@ -197,7 +194,7 @@ class Engine:
         if not self.has_work:
             assert self.scheduler.pool.num_free == self.scheduler.pool.num_pages, "an idle engine holds pages"
             assert not self._jobs, "an idle engine remembers jobs"
-            assert not any(runner.cache.lengths for runner in self.runners), "an idle cache remembers lengths"
+            self.models.check_idle()
 
     # Requests -------------------------------------------------------------------------------------------------------
 
@@ -213,7 +210,7 @@ class Engine:
             )
         needs = [_needs(request, branch) for branch in request.branches]
         union = (any(after for after, _ in needs), any(before for _, before in needs))
-        job = Job(request, request.prompt_ids, state=JobState(union, _zeros(0)))
+        job = Job(request, request.prompt_ids, union, state=JobState(_zeros(0)))
         longest = min(request.stopping.max_new_tokens, room)
         for index in range(request.num_sequences):
             for branch, need in zip(request.branches, needs, strict=True):
@@ -224,12 +221,11 @@ class Engine:
         request = job.request
         assert isinstance(request, GenerationRequest)
         state = SequenceState(
-            needs,
             sequence_key(request.sampling.seed, index),
             TextStream(self.pair.pieces, request.stopping.stop_strings),
             _zeros(len(request.output.score_alphas)),
         )
-        return Sequence(job, branch, index, longest, state=state)
+        return Sequence(job, branch, index, longest, needs, state=state)
 
     def _score_job(self, request: ScoreRequest) -> Job:
         self._check_ids(request.prompt_ids, "prompt")
@@ -244,7 +240,7 @@ class Engine:
             )
         # The last token predicts nothing that is asked for, so it is not run.
         forced = request.prompt_ids + request.continuation_ids[:-1]
-        return Job(request, forced, state=JobState((True, True), _zeros(len(request.score_alphas))))
+        return Job(request, forced, state=JobState(_zeros(len(request.score_alphas))))
 
     def _check_ids(self, ids: tuple[int, ...], field_name: str) -> None:
         if not ids:
@@ -277,10 +273,7 @@ class Engine:
     def _admit(self) -> list[Sequence]:
         started = self.scheduler.admit()
         for sequence in started:
-            job, table = sequence.job, sequence.table
-            assert job.table is not None
-            assert table is not None
-            self.slot_map.assign(sequence.row, job.table, table)
+            self.models.assign(sequence)
         return started
 
     # Run both -------------------------------------------------------------------------------------------------------
@@ -294,10 +287,7 @@ class Engine:
         keep = 1
         if isinstance(request, ScoreRequest):
             keep = max(1, chunk.stop - max(chunk.start, len(request.prompt_ids) - 1))
-        needs = job.state.needs
-        ran = [r.prefill(chunk, keep) if need else None for r, need in zip(self.runners, needs, strict=True)]
-        after, before = _fill_missing(*ran)
-        self._check_lock_step([job])
+        after, before = self.models.prefill(chunk, keep)
         self.scheduler.prefill_done(chunk)
         if isinstance(request, ScoreRequest):
             self._score(chunk, after, before)
@@ -308,8 +298,7 @@ class Engine:
         """Both models' next-token logits for every row: decoded ones, then those that start from their prompt's."""
         parts = []
         if decode:
-            parts.append(self._decode(decode))
-            self._check_lock_step(decode)
+            parts.append(self.models.decode(decode))
         if started:
             parts.append(torch.stack([sequence.job.state.logits for sequence in started], 1))
         after, before = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -317,29 +306,6 @@ class Engine:
         alpha = self._column([sequence.branch.alpha for sequence in sequences])
         temperature = self._column([_sampling(sequence).temperature for sequence in sequences])
         return Batch(sequences, self._forbid(after), self._forbid(before), alpha, temperature)
-
-    def _decode(self, decode: list[Sequence]) -> Tensor:
-        """Logits of shape (2, rows, vocabulary). Each model runs only the rows that need it."""
-        needs = [sequence.state.needs for sequence in decode]
-        if all(after and before for after, before in needs):
-            return torch.stack([runner.decode(decode, self.slot_map) for runner in self.runners])
-        both = torch.empty(2, len(decode), self.pair.vocabulary_size, device=self.device)
-        for side, runner in enumerate(self.runners):
-            at = [i for i, need in enumerate(needs) if need[side]]
-            if at:
-                both[side, at] = runner.decode([decode[i] for i in at], self.slot_map)
-        for side in (0, 1):
-            # Alpha 0 and -1 do not look at the other model: any finite stand-in does.
-            missing = [i for i, need in enumerate(needs) if not need[side]]
-            both[side, missing] = both[1 - side, missing]
-        return both
-
-    def _check_lock_step(self, owners: list[Sequence] | list[Job]) -> None:
-        """Both caches stand at the same position for every row that needs both models."""
-        after, before = (runner.cache.lengths for runner in self.runners)
-        for owner in owners:
-            if owner.state.needs == (True, True):
-                assert after[owner] == before[owner], "the two models stand at different positions"
 
     def _forbid(self, logits: Tensor) -> Tensor:
         """Rule out ids that the two vocabularies do not share."""
@@ -483,8 +449,7 @@ class Engine:
             self._forget(job)
 
     def _forget(self, owner: Sequence | Job) -> None:
-        for runner in self.runners:
-            runner.cache.forget(owner)
+        self.models.forget(owner)
 
     # Evidence -------------------------------------------------------------------------------------------------------
 
@@ -573,14 +538,6 @@ def _needs(request: GenerationRequest, branch: Branch) -> tuple[bool, bool]:
         return True, True
     plausible = request.sampling.plausibility > 0 and branch.role is not Role.BEFORE
     return branch.alpha != -1 or plausible, branch.alpha != 0
-
-
-def _fill_missing(after: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A model that was not run stands in as equal to the other: alpha 0 and -1 do not look at it."""
-    if after is None:
-        assert before is not None
-        return before, before
-    return after, after if before is None else before
 
 
 def _context_metadata(prompt_tokens: int, request: GenerationRequest | ScoreRequest, limit: int) -> dict[str, str]:

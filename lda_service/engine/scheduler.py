@@ -27,6 +27,7 @@ class Sequence:
     branch: Branch
     index: int
     max_new_tokens: int
+    needs: tuple[bool, bool] = (True, True)  # after, before
     row: int = -1  # scheduler
     table: PageTable | None = None  # scheduler
     tokens: list[int] = field(default_factory=list)  # engine
@@ -44,6 +45,7 @@ class Job:
 
     request: GenerationRequest | ScoreRequest
     prompt_ids: tuple[int, ...]
+    needs: tuple[bool, bool] = (True, True)  # after, before: what its sequences need together
     waiting: deque[Sequence] = field(default_factory=deque)
     running: int = 0  # scheduler: sequences that hold a row
     prefilled: int = 0  # scheduler: prompt positions already in both caches
