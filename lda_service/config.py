@@ -18,7 +18,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class PairConfig:
     """Which two models, and how they are loaded.
 
-    `dtype` "auto" takes the type of the checkpoint; `device` "auto" takes CUDA where there is one.
+    `dtype` "auto" takes the type of the checkpoint; `device` "auto" takes CUDA where there is one. `native` False keeps
+    to torch's operators on a CPU.
     """
 
     model_after_id: str
@@ -26,6 +27,7 @@ class PairConfig:
     device: str = "auto"
     dtype: str = "auto"
     allow_incompatible: bool = False
+    native: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -1,6 +1,19 @@
-"""Settings shared by all tests."""
+"""One torch thread: the models here are tiny, and waiting threads only take the cores from each other."""
 
+import pytest
 import torch
 
-# The models here are tiny: a second thread only waits, and spins while it does.
+from lda_service.engine import native
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request):
+    """The native kernels, and None, which stands for torch's operators."""
+    if request.param == "torch":
+        return None
+    try:
+        return native.load()
+    except native.Unavailable as reason:
+        pytest.skip(str(reason))

@@ -1,6 +1,6 @@
 """The decoder: one schedule, two models in lock-step, one draw per row and step.
 
-    step(): schedule, run both, amplify, sample, advance
+    step(): schedule, run both, amplify and sample, advance
 
 Knows requests, both runners, the sampler and text streams. Does not know processes, the wire, or wall-clock time: time
 comes from the clock it is given. Not thread-safe: whoever owns the engine calls it from one thread.
@@ -39,7 +39,7 @@ from lda_service.engine.request import (
     Stopping,
     TokenRecord,
 )
-from lda_service.engine.sampling import RowSampling, mask_implausible, sample, sequence_key
+from lda_service.engine.sampling import Drawn, RowSampling, Sampler, sequence_key
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
 from lda_service.errors import ContextExceeded, InternalError, PromptUnusable, QueueFull
 
@@ -80,12 +80,9 @@ class Batch:
     sequences: list[Sequence]
     after: Tensor  # (rows, vocabulary)
     before: Tensor
-    alpha: Tensor  # (rows,)
-    temperature: Tensor
-    amplified: Tensor = field(init=False)
+    settings: RowSampling
     drawable: Tensor = field(init=False)
-    tokens: Tensor = field(init=False)
-    logprobs: Tensor = field(init=False)
+    drawn: Drawn = field(init=False)
 
 
 class Engine:
@@ -110,10 +107,12 @@ class Engine:
         self.models = PairRunner(pair, slots, config.max_running_sequences, self.context_tokens)
         self._jobs: dict[str, Job] = {}
         self._events: list[Event] = []
-        self._allowed = torch.zeros(pair.vocabulary_size, dtype=torch.bool, device=self.device)
-        self._allowed[list(pair.shared_ids)] = True
-        self._has_forbidden = not bool(self._allowed.all())
+        forbidden = torch.ones(pair.vocabulary_size, dtype=torch.bool, device=self.device)
+        forbidden[list(pair.shared_ids)] = False
+        self.sampler = Sampler(pair.vocabulary_size, forbidden, pair.backend.kernels)
         self._shared = frozenset(pair.shared_ids)
+        self._settings_of: list[Sequence] = []
+        self._settings: RowSampling
 
     # What the owner calls -------------------------------------------------------------------------------------------
 
@@ -173,8 +172,8 @@ class Engine:
         started = self._admit()
         if plan.decode or started:
             batch = self._run_both(plan.decode, started)
-            self._amplify(batch)
-            self._sample(batch)
+            self._rule_out(batch)
+            self._amplify_and_sample(batch)
             self._advance(batch)
         return self._events
 
@@ -296,29 +295,43 @@ class Engine:
 
     def _run_both(self, decode: list[Sequence], started: list[Sequence]) -> Batch:
         """Both models' next-token logits for every row: decoded ones, then those that start from their prompt's."""
-        parts = []
-        if decode:
-            parts.append(self.models.decode(decode))
+        # Rows of one prompt stand together, so that its keys and values are read once.
+        decode = sorted(decode, key=lambda sequence: sequence.job.table.pages)  # type: ignore[union-attr]
+        parts = [self.models.decode(decode)] if decode else []
         if started:
-            parts.append(torch.stack([sequence.job.state.logits for sequence in started], 1))
-        after, before = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            logits = torch.stack([sequence.job.state.logits for sequence in started], 1)
+            parts.append((logits[0], logits[1]))
+        after, before = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
         sequences = decode + started
-        alpha = self._column([sequence.branch.alpha for sequence in sequences])
-        temperature = self._column([_sampling(sequence).temperature for sequence in sequences])
-        return Batch(sequences, self._forbid(after), self._forbid(before), alpha, temperature)
+        return Batch(sequences, after, before, self._row_sampling(sequences))
 
-    def _forbid(self, logits: Tensor) -> Tensor:
-        """Rule out ids that the two vocabularies do not share."""
-        return logits.masked_fill(~self._allowed, -torch.inf) if self._has_forbidden else logits
+    def _row_sampling(self, sequences: list[Sequence]) -> RowSampling:
+        """The rows' settings as columns; only positions change while the same rows go on."""
+        if self._settings_of != sequences:
+            self._settings_of, self._settings = sequences, self._columns(sequences)
+        return self._settings._replace(positions=self._column([s.length for s in sequences], torch.int64))
+
+    def _columns(self, sequences: list[Sequence]) -> RowSampling:
+        settings = [_sampling(sequence) for sequence in sequences]
+        floors = [0.0 if s.branch.role is Role.BEFORE else _sampling(s).plausibility for s in sequences]
+        return RowSampling(
+            alpha=self._column([sequence.branch.alpha for sequence in sequences]),
+            temperature=self._column([s.temperature for s in settings]),
+            top_k=self._column([s.top_k for s in settings], torch.int64),
+            top_p=self._column([s.top_p for s in settings]),
+            min_p=self._column([s.min_p for s in settings]),
+            plausibility=self._column(floors),
+            keys=self._column([s.state.key for s in sequences], torch.int64),
+            positions=self._column([]),
+        )
 
     def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
-    # Amplify --------------------------------------------------------------------------------------------------------
+    # Amplify and sample ---------------------------------------------------------------------------------------------
 
-    def _amplify(self, batch: Batch) -> None:
-        """Set `batch.amplified`, and `batch.drawable`: the after model's logits of the ids that may be drawn now."""
-        batch.amplified = amplify(batch.after, batch.before, batch.alpha)
+    def _rule_out(self, batch: Batch) -> None:
+        """Set `batch.drawable`: the after model's logits of the ids that may be drawn now."""
         batch.drawable = batch.after
         early = [i for i, s in enumerate(batch.sequences) if len(s.tokens) < _stopping(s).min_new_tokens]
         if early:
@@ -327,26 +340,9 @@ class Engine:
                 endings = self.pair.stop_ids | set(_stopping(batch.sequences[i]).stop_token_ids)
                 batch.drawable[i, [token for token in endings if token < self.pair.vocabulary_size]] = -torch.inf
 
-    # Sample ---------------------------------------------------------------------------------------------------------
-
-    def _sample(self, batch: Batch) -> None:
-        """Set `batch.tokens` and `batch.logprobs`."""
-        settings = [_sampling(sequence) for sequence in batch.sequences]
-        logits = batch.amplified
-        if batch.drawable is not batch.after:
-            logits = logits.masked_fill(batch.drawable.isneginf(), -torch.inf)
-        floors = [0.0 if s.branch.role is Role.BEFORE else _sampling(s).plausibility for s in batch.sequences]
-        if any(floors):
-            logits = mask_implausible(logits, batch.drawable, self._column(floors))
-        rows = RowSampling(
-            temperature=batch.temperature,
-            top_k=self._column([s.top_k for s in settings], torch.int64),
-            top_p=self._column([s.top_p for s in settings]),
-            min_p=self._column([s.min_p for s in settings]),
-            keys=self._column([s.state.key for s in batch.sequences], torch.int64),
-            positions=self._column([s.length for s in batch.sequences], torch.int64),
-        )
-        batch.tokens, batch.logprobs = sample(logits, rows)
+    def _amplify_and_sample(self, batch: Batch) -> None:
+        """Draw a token for every row from `after + alpha * (after - before)`."""
+        batch.drawn = self.sampler.draw(batch.drawable, batch.before, batch.settings)
 
     # Advance --------------------------------------------------------------------------------------------------------
 
@@ -355,9 +351,8 @@ class Engine:
         diagnostics = self._diagnose(batch)
         self._add_scores(batch)
         now = self.clock()
-        logprobs = batch.logprobs.tolist()
-        sound = batch.amplified.amax(1).isfinite().tolist()
-        for i, (sequence, token) in enumerate(zip(batch.sequences, batch.tokens.tolist(), strict=True)):
+        tokens, logprobs, sound = (column.tolist() for column in batch.drawn)
+        for i, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=True)):
             if sequence.job.request.request_id not in self._jobs:
                 continue
             if not sound[i]:
@@ -459,9 +454,10 @@ class Engine:
         for i in wanting:
             sequence = batch.sequences[i]
             alphas = self._column(list(_request(sequence).output.score_alphas))
-            temperature = torch.where(batch.temperature[i : i + 1] > 0, batch.temperature[i : i + 1], 1.0)
             row = slice(i, i + 1)
-            scores = score(batch.drawable[row], batch.before[row], batch.tokens[row], alphas, temperature)
+            temperature = torch.where(batch.settings.temperature[row] > 0, batch.settings.temperature[row], 1.0)
+            logits = self.sampler.forbid(batch.drawable[row]), self.sampler.forbid(batch.before[row])
+            scores = score(*logits, batch.drawn.tokens[row], alphas, temperature)
             sequence.state.alpha_scores += scores[0].cpu()
 
     def _diagnose(self, batch: Batch) -> dict[int, Diagnostics]:
@@ -470,8 +466,9 @@ class Engine:
         if not rows:
             return {}
         counts = [_request(batch.sequences[i]).output.top_candidates for i in rows]
-        logits = batch.after[rows], batch.before[rows], batch.amplified[rows]
-        return dict(zip(rows, diagnose(*logits, batch.tokens[rows], counts, self.pair.pieces), strict=True))
+        after, before = self.sampler.forbid(batch.after[rows]), self.sampler.forbid(batch.before[rows])
+        logits = after, before, amplify(after, before, batch.settings.alpha[rows])
+        return dict(zip(rows, diagnose(*logits, batch.drawn.tokens[rows], counts, self.pair.pieces), strict=True))
 
     def _score(self, chunk: PrefillChunk, after: Tensor, before: Tensor) -> None:
         """Report the continuation's tokens that this chunk predicts."""
@@ -481,7 +478,7 @@ class Engine:
         stop = chunk.stop + 1 - len(request.prompt_ids)
         if stop > offset >= 0:
             ids = request.continuation_ids[offset:stop]
-            self._score_block(request, state, offset, ids, self._forbid(after), self._forbid(before))
+            self._score_block(request, state, offset, ids, self.sampler.forbid(after), self.sampler.forbid(before))
         if chunk.job.is_prefilled:
             self._retire(chunk.job)
 

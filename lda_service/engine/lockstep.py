@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lda_service.engine.runner import ModelRunner, SlotMap
+from lda_service.engine.runner import ModelRunner, SlotMap, decode_inputs, prefill_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,10 @@ class PairRunner:
     def __init__(self, pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -> None:
         self.vocabulary = pair.vocabulary_size
         self.device = pair.after.device
-        self.runners = tuple(ModelRunner(model, num_slots, self.vocabulary) for model in (pair.after, pair.before))
+        self.runners = tuple(
+            ModelRunner(model, num_slots, self.vocabulary, pair.backend.kernels, pair.backend.cache_dtype)
+            for model in (pair.after, pair.before)
+        )
         self.slot_map = SlotMap(max_rows, context_tokens, self.device)
 
     def assign(self, sequence: Sequence) -> None:
@@ -40,30 +43,49 @@ class PairRunner:
         assert sequence.table is not None
         self.slot_map.assign(sequence.row, sequence.job.table, sequence.table)
 
-    def prefill(self, chunk: PrefillChunk, logits_to_keep: int) -> Tensor:
+    def prefill(self, chunk: PrefillChunk, logits_to_keep: int) -> tuple[Tensor, Tensor]:
         """Run a chunk of a prompt through the models that its job needs.
 
         Returns:
-            float32 logits of the chunk's last positions, shape (2, logits_to_keep, vocabulary): after, then before. A
+            float32 logits of the chunk's last positions, each of shape (logits_to_keep, vocabulary): after, before. A
             model that was not run stands in as equal to the other: alpha 0 and -1 do not look at it.
         """
-        needed = zip(self.runners, chunk.job.needs, strict=True)
-        ran = [runner.prefill(chunk, logits_to_keep) if needs else None for runner, needs in needed]
+        inputs = prefill_inputs(chunk, self.device)
+        ran = [
+            runner.prefill(chunk, inputs, logits_to_keep)
+            for runner, needs in zip(self.runners, chunk.job.needs, strict=True)
+            if needs
+        ]
         self._check_lock_step([chunk.job])
-        return torch.stack([logits for logits in (ran[0], ran[1]) if logits is not None]).expand(2, -1, -1)
+        return ran[0], ran[-1]
 
-    def decode(self, sequences: list[Sequence]) -> Tensor:
-        """Run the last token of each sequence; float32 logits, shape (2, rows, vocabulary), as `prefill` says."""
+    def decode(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+        """Run the last token of each sequence; sequences of one prompt stand together.
+
+        Returns:
+            float32 logits, each of shape (rows, vocabulary): after, before; stand-ins as `prefill` says.
+        """
+        if all(sequence.needs == sequences[0].needs for sequence in sequences):
+            inputs = decode_inputs(sequences, self.slot_map)
+            needed = zip(self.runners, sequences[0].needs, strict=True)
+            ran = [runner.decode(sequences, inputs) for runner, needs in needed if needs]
+            after, before = ran[0], ran[-1]
+        else:
+            after, before = self._decode_apart(sequences)
+        self._check_lock_step(sequences)
+        return after, before
+
+    def _decode_apart(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+        """Each model runs only the rows that need it."""
         both = torch.empty(2, len(sequences), self.vocabulary, device=self.device)
         for side, runner in enumerate(self.runners):
             at = [i for i, sequence in enumerate(sequences) if sequence.needs[side]]
             if at:
-                logits = runner.decode([sequences[i] for i in at], self.slot_map)
-                missing = [i for i, sequence in enumerate(sequences) if not sequence.needs[1 - side]]
-                both[side, at] = logits
+                rows = [sequences[i] for i in at]
+                both[side, at] = runner.decode(rows, decode_inputs(rows, self.slot_map))
+                missing = [i for i in at if not sequences[i].needs[1 - side]]
                 both[1 - side, missing] = both[side, missing]
-        self._check_lock_step(sequences)
-        return both
+        return both[0], both[1]
 
     def forget(self, owner: Sequence | Job) -> None:
         """The owner's slots were given back."""

@@ -20,17 +20,17 @@ MEMORY_SHARE = 0.4
 def default_cache_tokens(pair: Pair, config: EngineConfig) -> int:
     """Every row's context up to `ROW_TOKENS`, as far as `MEMORY_SHARE` of the free memory goes."""
     wanted = config.max_running_sequences * min(pair.info.context_tokens, ROW_TOKENS)
-    per_token = sum(token_bytes(model) for model in (pair.after, pair.before))
+    per_token = sum(token_bytes(model, pair.backend.cache_dtype) for model in (pair.after, pair.before))
     affordable = int(free_bytes(pair.after.device) * MEMORY_SHARE) // per_token
     return max(config.page_tokens, min(wanted, affordable))
 
 
-def token_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values of one position."""
+def token_bytes(model: PreTrainedModel, cache_dtype: torch.dtype | None) -> int:
+    """Bytes of keys and values of one position, stored in `cache_dtype` or the model's own type."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize)
+    return int(2 * config.num_hidden_layers * heads * head_dim * (cache_dtype or model.dtype).itemsize)
 
 
 def free_bytes(device: torch.device) -> int:

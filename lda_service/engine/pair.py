@@ -18,14 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lda_service import vocabulary
 from lda_service.engine import attention
 from lda_service.engine.detokenizer import TokenPieces
-from lda_service.engine.runner import Float32Head
-from lda_service.engine.selfcheck import decodes_rightly
+from lda_service.engine.prepack import Backend, prepare
+from lda_service.engine.selfcheck import decodes_rightly, plain_logits
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
 from lda_service.pairs import demo
 from lda_service.prompting import PromptRenderer
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from lda_service.config import PairConfig
@@ -43,6 +44,7 @@ class LoadedModel:
     tokenizer: Any
     info: ModelInfo
     eos_ids: tuple[int, ...]
+    plain_logits: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Pair:
     shared_ids: tuple[int, ...]
     stop_ids: frozenset[int]
     info: PairInfo
+    backend: Backend
 
     @property
     def vocabulary_size(self) -> int:
@@ -87,9 +90,13 @@ def load_pair(config: PairConfig) -> Pair:
         has_chat_template=PromptRenderer(after.tokenizer).has_chat_template,
         compatibility=report,
     )
+    backend = prepare((after.model, before.model), use_native=config.native)
+    logger.info("decoding with %s", backend.summary)
+    for model in (after, before):
+        _require_right_decoding(model, backend)
     pieces = TokenPieces.from_tokenizer(after.tokenizer)
     stop_ids = frozenset(after.eos_ids + before.eos_ids) & frozenset(shared)
-    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info)
+    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info, backend)
 
 
 def choose_device(name: str) -> torch.device:
@@ -132,9 +139,9 @@ def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
     _require_seam(model_id, model)
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     info = describe(model_id, model, config)
-    use_float32_head(model)
-    _require_right_decoding(model_id, model, info.vocab_size)
-    return LoadedModel(model, tokenizer, info, eos_ids(model, tokenizer))
+    return LoadedModel(
+        model, tokenizer, info, eos_ids(model, tokenizer), _plain_logits(model_id, model, info.vocab_size)
+    )
 
 
 def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable | ModelUnsupported:
@@ -165,29 +172,32 @@ def _require_seam(model_id: str, model: PreTrainedModel) -> None:
         )
 
 
-def _require_right_decoding(model_id: str, model: PreTrainedModel, vocabulary: int) -> None:
+def _plain_logits(model_id: str, model: PreTrainedModel, vocabulary: int) -> Tensor:
     try:
-        right = decodes_rightly(model, vocabulary)
+        return plain_logits(model, vocabulary)
+    except Exception as error:
+        logger.exception("a plain pass of %s failed", model_id)
+        raise ModelUnsupported(
+            f"Model {model_id!r} ({type(model).__name__}) cannot be run on plain text ids: {error}"
+        ) from error
+
+
+def _require_right_decoding(loaded: LoadedModel, backend: Backend) -> None:
+    try:
+        right = decodes_rightly(loaded.model, backend, loaded.plain_logits)
     except Exception:
-        logger.exception("the self-check of %s failed", model_id)
+        logger.exception("the self-check of %s failed", loaded.info.model_id)
         right = False
     if not right:
         raise ModelUnsupported(
-            f"Model {model_id!r} ({type(model).__name__}) gives other logits through this engine's KV cache than in "
-            "one plain pass: it keeps state that the engine does not know; use another architecture."
+            f"Model {loaded.info.model_id!r} ({loaded.info.architecture}) gives other logits through this engine's KV "
+            "cache than in one plain pass: it keeps state that the engine does not know; use another architecture."
         )
 
 
 def output_layer(model: PreTrainedModel) -> Any:
     """The module that turns hidden states into logits."""
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
-
-
-def use_float32_head(model: PreTrainedModel) -> None:
-    """Make logits leave the output layer in float32. A float32 head is left as it is."""
-    head = output_layer(model)
-    if head.weight.dtype != torch.float32:
-        model.set_output_embeddings(Float32Head(head))  # type: ignore[no-untyped-call]
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:

@@ -1,7 +1,4 @@
-"""Forward passes of one model over rows of its cache. Knows modules, slots and positions; nothing of sampling.
-
-Logits leave the output layer in float32: at alpha 20 the rounding of two bf16 outputs would be as large as the signal.
-"""
+"""Forward passes of one model over rows of its cache. Knows modules, slots and positions; nothing of sampling."""
 
 from __future__ import annotations
 
@@ -9,31 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from lda_service.engine.kv_cache import CacheView, KVCache
+from lda_service.engine.kv_cache import CacheView, Group, KVCache, PassInputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Ordered
 
     from transformers import PreTrainedModel
 
+    from lda_service.engine.native import Kernels
     from lda_service.engine.pages import PageTable
     from lda_service.engine.scheduler import PrefillChunk, Sequence
-
-
-class Float32Head(nn.Module):
-    """An output layer that computes and answers in float32 whatever the type of the body."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        weight, bias = head.weight, getattr(head, "bias", None)
-        self.weight = nn.Parameter(weight.detach().float(), requires_grad=False)  # type: ignore[operator]
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Logits, float32, shape (..., vocabulary)."""
-        return linear(hidden.float(), self.weight, self.bias)
 
 
 class SlotMap:
@@ -50,43 +33,84 @@ class SlotMap:
             self.slots[row, table.start : stop] = slots.to(self.slots.device)
 
 
-class ModelRunner:
-    """One model and its cache."""
+def prefill_inputs(chunk: PrefillChunk, device: torch.device) -> PassInputs:
+    """One row: the chunk's positions, behind what stands in the cache already."""
+    table = chunk.job.table
+    assert table is not None
+    slots = torch.tensor(table.slots(0, chunk.stop), device=device)[None]
+    positions = torch.arange(chunk.start, chunk.stop, device=device)[None]
+    ids = torch.tensor(chunk.job.prompt_ids[chunk.start : chunk.stop], device=device)[None]
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    return PassInputs(ids, positions, slots, rows, chunk.stop, (Group(0, 1, 0),), is_prefill=True)
 
-    def __init__(self, model: PreTrainedModel, num_slots: int, vocabulary: int) -> None:
+
+def decode_inputs(sequences: Ordered[Sequence], slot_map: SlotMap, *, invariant: bool = False) -> PassInputs:
+    """One query for each sequence, its last token. Sequences of one prompt must stand together."""
+    device = slot_map.slots.device
+    lengths = [sequence.length for sequence in sequences]
+    positions = torch.tensor([[length - 1] for length in lengths], device=device)
+    ids = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=device)
+    rows = torch.tensor([sequence.row for sequence in sequences], device=device)
+    return PassInputs(ids, positions, slot_map.slots, rows, max(lengths), _groups(sequences), invariant=invariant)
+
+
+def _groups(sequences: Ordered[Sequence]) -> tuple[Group, ...]:
+    groups = []
+    start = 0
+    for i, sequence in enumerate(sequences):
+        is_last = i + 1 == len(sequences)
+        if is_last or sequences[i + 1].job.table.pages != sequence.job.table.pages:  # type: ignore[union-attr]
+            groups.append(Group(start, i + 1, len(sequence.job.prompt_ids)))
+            start = i + 1
+    return tuple(groups)
+
+
+class ModelRunner:
+    """One model and its cache.
+
+    Args:
+        model: on its device.
+        num_slots: positions the cache holds.
+        vocabulary: width of the logits.
+        kernels: the native kernels, where attention runs on them.
+        cache_dtype: of the stored keys and values; that of the computation if None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_slots: int,
+        vocabulary: int,
+        kernels: Kernels | None = None,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
-        self.cache = KVCache(num_slots)
+        self.cache = KVCache(num_slots, cache_dtype)
         self.vocabulary = vocabulary
         self.device = model.device
+        self.kernels = kernels
 
-    def prefill(self, chunk: PrefillChunk, logits_to_keep: int) -> Tensor:
+    def prefill(self, chunk: PrefillChunk, inputs: PassInputs, logits_to_keep: int) -> Tensor:
         """Run a chunk of a prompt; float32 logits of its last positions, shape (logits_to_keep, vocabulary)."""
-        table = chunk.job.table
-        assert table is not None
-        slots = torch.tensor(table.slots(0, chunk.stop), device=self.device)
-        positions = torch.arange(chunk.start, chunk.stop, device=self.device)[None]
-        ids = torch.tensor(chunk.job.prompt_ids[chunk.start : chunk.stop], device=self.device)[None]
-        view = CacheView(self.cache, slots[chunk.start :], slots[None], positions)
-        logits = self._forward(ids, positions, view, logits_to_keep)[0]
+        logits = self._forward(inputs, logits_to_keep)[0]
         self.cache.advance(chunk.job, chunk.start, chunk.stop)
         return logits
 
-    def decode(self, sequences: Ordered[Sequence], slot_map: SlotMap) -> Tensor:
+    def decode(self, sequences: Ordered[Sequence], inputs: PassInputs) -> Tensor:
         """Run the last token of each sequence; float32 logits, shape (sequences, vocabulary)."""
-        rows = torch.tensor([sequence.row for sequence in sequences], device=self.device)
-        positions = torch.tensor([[sequence.length - 1] for sequence in sequences], device=self.device)
-        ids = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=self.device)
-        context = slot_map.slots[rows, : max(sequence.length for sequence in sequences)]
-        view = CacheView(self.cache, context.gather(1, positions)[:, 0], context, positions)
-        logits = self._forward(ids, positions, view, 1)[:, 0]
+        logits = self._forward(inputs, 1)[:, 0]
         for sequence in sequences:
             self.cache.advance(sequence, sequence.length - 1, sequence.length)
         return logits
 
-    def _forward(self, ids: Tensor, positions: Tensor, view: CacheView, logits_to_keep: int) -> Tensor:
+    def _forward(self, inputs: PassInputs, logits_to_keep: int) -> Tensor:
         """Float32 logits, shape (rows, logits_to_keep, vocabulary): cut or padded to the pair's vocabulary."""
         output = self.model(
-            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logits_to_keep, kv=view
+            input_ids=inputs.ids,
+            position_ids=inputs.positions,
+            use_cache=False,
+            logits_to_keep=logits_to_keep,
+            kv=CacheView(self.cache, inputs, self.kernels),
         )
         logits: Tensor = output.logits[:, -logits_to_keep:].float()[..., : self.vocabulary]
         missing = self.vocabulary - logits.shape[-1]

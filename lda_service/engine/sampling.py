@@ -1,4 +1,4 @@
-"""Drawing tokens: temperature, filters, counter-based Gumbel noise. Knows tensors; nothing of models or requests.
+"""Drawing tokens: amplify, filter, add counter-based Gumbel noise. Knows tensors; nothing of models or requests.
 
 Filters are thresholds on the scaled logits, found among the largest candidates; the vocabulary is not sorted. A draw
 is argmax(logits / T + g) with Gumbel noise g hashed from (seed, sequence, position, token): the law is the softmax
@@ -7,10 +7,15 @@ exactly, and a draw depends on nothing else in the batch. Rows with the same see
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lda_service.engine.amplify import amplify
+
+if TYPE_CHECKING:
+    from lda_service.engine.native import Kernels
 
 CANDIDATES = 256
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -20,19 +25,66 @@ _MASK = (1 << 64) - 1
 class RowSampling(NamedTuple):
     """Sampling settings of a batch, each of shape (rows,). Temperature 0 is greedy."""
 
+    alpha: Tensor  # float32
     temperature: Tensor  # float32
     top_k: Tensor  # int64, 0 keeps all
     top_p: Tensor  # float32, 1 keeps all
     min_p: Tensor  # float32, 0 keeps all
+    plausibility: Tensor  # float32, 0 keeps all
     keys: Tensor  # int64, from `sequence_key`
     positions: Tensor  # int64, absolute position of the token to draw
 
 
 class Drawn(NamedTuple):
-    """Drawn ids (int64) and their log-probability under the filtered distribution (NaN for greedy rows)."""
+    """Drawn ids (int64) and their log-probability under the filtered distribution (NaN for greedy rows).
+
+    `sound`: whether the row's logits were finite; if not, its token means nothing.
+    """
 
     tokens: Tensor
     logprobs: Tensor
+    sound: Tensor
+
+
+class Sampler:
+    """Amplifies and draws, for a whole batch at once; on the native kernels where there are any.
+
+    Args:
+        vocabulary: width of the logits.
+        forbidden: ids that may never be drawn: bool, shape (vocabulary,).
+        kernels: the native kernels; None: torch's operators.
+    """
+
+    def __init__(self, vocabulary: int, forbidden: Tensor, kernels: Kernels | None = None) -> None:
+        self.kernels = kernels
+        self._mask = torch.zeros(vocabulary, device=forbidden.device).masked_fill_(forbidden, -torch.inf)
+        self._has_forbidden = bool(forbidden.any())
+        self._token_noise = _mix_tensor(torch.arange(vocabulary)) if kernels else None
+
+    def draw(self, after: Tensor, before: Tensor, rows: RowSampling) -> Drawn:
+        """One token for each row, from `after + alpha * (after - before)`.
+
+        Args:
+            after: float32 logits, shape (rows, vocabulary); -inf rules an id out.
+            before: likewise.
+            rows: settings, one entry per row.
+        """
+        if self.kernels is not None:
+            assert self._token_noise is not None
+            floats = (rows.alpha, rows.temperature, rows.top_p, rows.min_p, rows.plausibility)
+            integers = (rows.top_k, rows.keys, rows.positions)
+            mask = self._mask if self._has_forbidden else None
+            return Drawn(*self.kernels.sample(after, before, mask, floats, integers, self._token_noise))
+        after, before = self.forbid(after), self.forbid(before)
+        amplified = amplify(after, before, rows.alpha)
+        if bool((rows.plausibility > 0).any()):
+            amplified = mask_implausible(amplified, after, rows.plausibility)
+        sound = amplified.amax(1).isfinite()
+        return Drawn(*sample(amplified, rows), sound)
+
+    def forbid(self, logits: Tensor) -> Tensor:
+        """Rule out the ids that may never be drawn."""
+        return logits + self._mask if self._has_forbidden else logits
 
 
 def sequence_key(seed: int, sequence_index: int) -> int:
@@ -90,8 +142,8 @@ def mask_implausible(amplified: Tensor, after: Tensor, plausibility: Tensor) -> 
     return amplified.masked_fill(after < floor, -torch.inf)
 
 
-def sample(logits: Tensor, rows: RowSampling) -> Drawn:
-    """Draw one token for each row.
+def sample(logits: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
+    """Draw one token for each row; returns ids and log-probabilities.
 
     Args:
         logits: float32, shape (rows, vocabulary); at least one finite entry in each row, no NaN.
@@ -108,21 +160,21 @@ def sample(logits: Tensor, rows: RowSampling) -> Drawn:
             # Relative to the largest, so that no temperature, however small, makes inf - inf of them.
             relative = logits[at] - logits[at].amax(1, keepdim=True)
             tokens[at], logprobs[at] = draw(relative / part.temperature[:, None], part)
-    return Drawn(tokens, logprobs)
+    return tokens, logprobs
 
 
-def _draw_all(scaled: Tensor, rows: RowSampling) -> Drawn:
+def _draw_all(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
     """Draw from the whole softmax."""
     every = torch.arange(scaled.shape[1], device=scaled.device)[None]
     tokens = (scaled + gumbel_noise(rows.keys, rows.positions, every)).argmax(1)
-    return Drawn(tokens, scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(1))
+    return tokens, scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(1)
 
 
-def _draw_filtered(scaled: Tensor, rows: RowSampling) -> Drawn:
+def _draw_filtered(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
     """Draw among the candidates that pass top_k, then top_p, then min_p."""
     values, ids = _kept_candidates(scaled, rows)
     best = (values + gumbel_noise(rows.keys, rows.positions, ids)).argmax(1, keepdim=True)
-    return Drawn(ids.gather(1, best)[:, 0], values.gather(1, best)[:, 0] - values.logsumexp(1))
+    return ids.gather(1, best)[:, 0], values.gather(1, best)[:, 0] - values.logsumexp(1)
 
 
 def _kept_candidates(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,6 @@
+// The inner loops of decoding on a CPU. Plain C with OpenMP; built and called by `kernels.py` beside this file.
+#include "vector.h"
+#include "linear.h"
+#include "rowwise.h"
+#include "attention.h"
+#include "sampling.h"
