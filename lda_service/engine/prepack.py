@@ -18,6 +18,7 @@ from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
 from lda_service.engine import native
+from lda_service.engine.native import Product
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -70,15 +71,29 @@ class NativeLinear(nn.Module):
 
     def __init__(self, kernels: Kernels, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
-        self.kernels = kernels
         self.packed = nn.Parameter(weight.data, requires_grad=False)
-        self.outputs = weight.outputs
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
-        self._weight = weight
+        self.outputs = weight.outputs
+        self.product = Product(weight, self.bias)
+        self._linear = kernels.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., outputs), float32."""
-        return self.kernels.linear(x, self._weight, self.bias)
+        return self._linear(x, self.product)
+
+
+class NativeGatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))` in one call."""
+
+    def __init__(self, kernels: Kernels, gate: NativeLinear, up: NativeLinear, down: NativeLinear) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+        self._products = gate.product, up.product, down.product
+        self._gated_mlp = kernels.gated_mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (..., outputs of down), float32."""
+        return self._gated_mlp(x, *self._products)
 
 
 class NativeRMSNorm(nn.Module):
@@ -86,12 +101,13 @@ class NativeRMSNorm(nn.Module):
 
     def __init__(self, kernels: Kernels, norm: nn.Module, offset: float, eps: float) -> None:
         super().__init__()
-        self.kernels, self.offset, self.eps = kernels, offset, eps
         self.weight = nn.Parameter(norm.weight.detach().float(), requires_grad=False)  # type: ignore[operator]
+        self._settings = self.weight.data, offset, eps
+        self._rms_norm = kernels.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape of x, float32."""
-        return self.kernels.rms_norm(x, self.weight, self.offset, self.eps)
+        return self._rms_norm(x, *self._settings)
 
 
 class WideningEmbedding(nn.Module):
@@ -121,7 +137,7 @@ class OneDnnLinear(nn.Module):
         return out
 
 
-OURS = (NativeLinear, NativeRMSNorm, WideningEmbedding, OneDnnLinear, Float32Head)
+OURS = (NativeLinear, NativeGatedMLP, NativeRMSNorm, WideningEmbedding, OneDnnLinear, Float32Head)
 
 
 def prepare(models: Iterable[PreTrainedModel], *, use_native: bool = True) -> Backend:
@@ -143,6 +159,7 @@ def prepare(models: Iterable[PreTrainedModel], *, use_native: bool = True) -> Ba
         _swap_head(model, lambda _, head=head: head)  # type: ignore[misc]
         if backend.cache_dtype is not None or model.dtype != torch.bfloat16:
             _swap(model, lambda module: _native(backend.kernels, module, packed))  # type: ignore[arg-type]
+            _swap(model, lambda module: _native_mlp(backend.kernels, module))  # type: ignore[arg-type]
             _widen_rest(model)
         else:
             _swap(model, _one_dnn)
@@ -187,9 +204,9 @@ def _choose_for_bf16(model: PreTrainedModel, kernels: Kernels) -> Backend:
 
 def _measure(kernels: Kernels, weight: Tensor) -> tuple[list[float], list[float]]:
     """Seconds of one product at each of `MEASURED_ROWS`: native, oneDNN."""
-    packed, one_dnn = kernels.pack(weight), OneDnnLinear(weight, None)
+    product, one_dnn = Product(kernels.pack(weight), None), OneDnnLinear(weight, None)
     inputs = [torch.randn(rows, weight.shape[1]) for rows in MEASURED_ROWS]
-    native_s = [_seconds(lambda x=x: kernels.linear(x, packed, None)) for x in inputs]  # type: ignore[misc]
+    native_s = [_seconds(lambda x=x: kernels.linear(x, product)) for x in inputs]  # type: ignore[misc]
     one_dnn_s = [_seconds(lambda x=x: one_dnn(x.bfloat16())) for x in inputs]  # type: ignore[misc]
     return native_s, one_dnn_s
 
@@ -260,6 +277,21 @@ def _native_norm(kernels: Kernels, module: nn.Module) -> nn.Module | None:
         if torch.allclose(twin(x), wanted, rtol=tolerance, atol=tolerance):
             return twin
     return None
+
+
+def _native_mlp(kernels: Kernels, module: nn.Module) -> nn.Module | None:
+    """A twin of a gated MLP of native products, if one gives the same answers."""
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, NativeLinear) for part in parts) or len(list(module.parameters(recurse=False))):
+        return None
+    gate, up, down = (part for part in parts if isinstance(part, NativeLinear))
+    x = torch.randn(3, gate.product.depth, generator=torch.Generator().manual_seed(0))
+    twin = NativeGatedMLP(kernels, gate, up, down)
+    try:
+        wanted = module(x)
+    except Exception:  # it takes more than its input: another kind
+        return None
+    return twin if torch.allclose(twin(x), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())) else None
 
 
 def _one_dnn(module: nn.Module) -> nn.Module | None:

@@ -35,6 +35,7 @@ SHARED_ROWS = 4  # rows of a prompt from which turning its keys for all of them 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 BUILD_TIMEOUT_S = 120
+NO_MEMORY = "no memory for a kernel's work space"
 
 
 class Unavailable(Exception):
@@ -87,11 +88,33 @@ class _Draw(Structure):
     )
 
 
+class _Weight(Structure):
+    _fields_ = (("data", c_void_p), ("is_bf16", c_int), ("depth", c_long), ("outputs", c_long), ("bias", c_void_p))
+
+
 class PackedWeight(NamedTuple):
-    """A weight laid out for `Kernels.linear`: `data` has shape (panels, inputs, 16), float32 or bfloat16."""
+    """A weight laid out for the kernels: `data` has shape (panels, inputs, 16), float32 or bfloat16."""
 
     data: Tensor
     outputs: int
+
+
+class Product:
+    """A packed weight and its bias (float32, shape (outputs,)), ready to be multiplied with."""
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        panels, self.depth, _ = weight.data.shape
+        self.outputs, self.width = weight.outputs, panels * PANEL
+        self._held = weight.data, bias
+        self.argument = byref(
+            _Weight(
+                weight.data.data_ptr(),
+                weight.data.dtype == torch.bfloat16,
+                self.depth,
+                self.outputs,
+                None if bias is None else bias.data_ptr(),
+            )
+        )
 
 
 class Kernels:
@@ -99,10 +122,9 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.lda_linear.argtypes = (
-            (c_void_p, c_long, c_long, c_void_p, c_int, c_void_p, c_long) + (c_void_p,) * 2 + (c_long,)
-        )
-        library.lda_linear.restype = None
+        weight = POINTER(_Weight)
+        library.lda_linear.argtypes = (weight, c_void_p, c_long, c_void_p)
+        library.lda_gated_mlp.argtypes = (weight, weight, weight, c_void_p, c_long, c_void_p)
         library.lda_pack.argtypes = (c_void_p, c_int, c_long, c_long, c_void_p)
         library.lda_pack.restype = None
         library.lda_rms_norm.argtypes = (c_void_p, c_long, c_long, c_void_p, c_float, c_float, c_void_p)
@@ -120,32 +142,27 @@ class Kernels:
         self._library.lda_pack(weight.data_ptr(), is_bf16, outputs, depth, packed.data_ptr())
         return PackedWeight(packed, outputs)
 
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, product: Product) -> Tensor:
         """`x @ weight.T + bias` for x of shape (..., inputs); products and sums in float32, float32 out."""
-        x = x.float().contiguous()
-        data = weight.data
-        depth, width = x.shape[-1], data.shape[0] * PANEL
-        rows = x.numel() // depth
-        tiles = torch.empty(rows * depth)
-        out = torch.empty(*x.shape[:-1], width)
-        self._library.lda_linear(
-            x.data_ptr(),
-            rows,
-            depth,
-            data.data_ptr(),
-            data.dtype == torch.bfloat16,
-            None if bias is None else bias.data_ptr(),
-            weight.outputs,
-            tiles.data_ptr(),
-            out.data_ptr(),
-            width,
-        )
-        return out if width == weight.outputs else out[..., : weight.outputs]
+        x = _dense(x)
+        rows, out = x.numel() // product.depth, torch.empty(*x.shape[:-1], product.width)
+        if self._library.lda_linear(product.argument, x.data_ptr(), rows, out.data_ptr()):
+            raise MemoryError(NO_MEMORY)
+        return out if product.width == product.outputs else out[..., : product.outputs]
+
+    def gated_mlp(self, x: Tensor, gate: Product, up: Product, down: Product) -> Tensor:
+        """`down(silu(gate(x)) * up(x))` for x of shape (..., inputs); float32."""
+        x = _dense(x)
+        rows, out = x.numel() // gate.depth, torch.empty(*x.shape[:-1], down.width)
+        products = gate.argument, up.argument, down.argument
+        if self._library.lda_gated_mlp(*products, x.data_ptr(), rows, out.data_ptr()):
+            raise MemoryError(NO_MEMORY)
+        return out if down.width == down.outputs else out[..., : down.outputs]
 
     def rms_norm(self, x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
         """`x / sqrt(mean(x^2) + eps) * (offset + weight)` over the last dimension; float32."""
-        x = x.float().contiguous()
-        out = torch.empty_like(x)
+        x = _dense(x)
+        out = torch.empty(x.shape)
         width = x.shape[-1]
         self._library.lda_rms_norm(
             x.data_ptr(), x.numel() // width, width, weight.data_ptr(), offset, eps, out.data_ptr()
@@ -203,7 +220,7 @@ class Kernels:
             out.data_ptr(),
         )
         if failed:
-            raise MemoryError("no memory for attention's work space")
+            raise MemoryError(NO_MEMORY)
         return out
 
     def sample(
@@ -238,8 +255,14 @@ class Kernels:
         inputs = (after, before, mask, *floats, *integers, token_noise, scratch, tokens, logprobs, sound)
         draw = _Draw(rows, vocabulary, after.stride(0), *(None if x is None else x.data_ptr() for x in inputs))
         if self._library.lda_sample(byref(draw)):
-            raise MemoryError("no memory for the sampler's work space")
+            raise MemoryError(NO_MEMORY)
         return tokens, logprobs, sound
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Float32 and contiguous, as the kernels read it."""
+    x = x if x.dtype == torch.float32 else x.float()
+    return x if x.is_contiguous() else x.contiguous()
 
 
 @functools.cache
@@ -305,9 +328,9 @@ def _check(kernels: Kernels) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 24, generator=generator)
     for dtype in (torch.float32, torch.bfloat16):
-        packed = kernels.pack(weight.to(dtype))
+        product = Product(kernels.pack(weight.to(dtype)), None)
         for rows in (1, 2, 7, 13):
             x = torch.randn(rows, 24, generator=generator)
             wanted = x.double() @ weight.to(dtype).double().T
-            if not torch.allclose(kernels.linear(x, packed, None).double(), wanted, atol=1e-4):
+            if not torch.allclose(kernels.linear(x, product).double(), wanted, atol=1e-4):
                 raise Unavailable("the built code gives wrong products")

@@ -8,6 +8,7 @@
 #define PARTS (PANEL / LANES)
 #define K_BLOCK 512
 #define ROW_TILE 6
+#define SMALL 65536  // multiplications below which a second thread costs more than it brings
 
 // ROWS rows times COUNT panels over `depth` inputs. x is [depth][ROWS], a panel [depth][16], panels are `stride` apart.
 #define TILE(NAME, TYPE, LOAD, ROWS, COUNT)                                                                \
@@ -101,25 +102,61 @@ static const float *panel_bf16(const bf16 *w, long count, float *scratch) {
 MANY_ROWS(f32, float)
 MANY_ROWS(bf16, bf16)
 
-// y[rows][outputs] = x w + bias. `tiles` holds rows * depth floats, `y` is `ldy` >= 16 * ceil(outputs / 16) wide.
-void lda_linear(const float *x, long rows, long depth, const void *w, int is_bf16, const float *bias, long outputs,
-                float *tiles, float *y, long ldy) {
-    long panels = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel if (rows * depth * outputs > 65536)
-    {
+typedef struct {
+    const void *data;   // panels
+    int is_bf16;
+    long depth, outputs;
+    const float *bias;  // [outputs] or null
+} Weight;
+
+static inline long panels_of(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
+
+// y[rows][panels * 16] = x w + bias, by all threads of a parallel region; `tiles` holds rows * depth floats.
+static void product(const Weight *w, const float *x, long rows, float *tiles, float *y) {
+    long depth = w->depth, panels = panels_of(w), ldy = panels * PANEL;
 #pragma omp for schedule(static)
-        for (long r = 0; r < rows; r += ROW_TILE)
-            transpose_tile(x + r * depth, depth, at_most(ROW_TILE, rows - r), depth, tiles + r * depth);
-        if (rows <= ROW_TILE && is_bf16) few_rows_bf16(tiles, rows, depth, w, panels, y, ldy);
-        else if (rows <= ROW_TILE) few_rows_f32(tiles, rows, depth, w, panels, y, ldy);
-        else if (is_bf16) many_rows_bf16(tiles, rows, depth, w, panels, y, ldy);
-        else many_rows_f32(tiles, rows, depth, w, panels, y, ldy);
-        if (bias) {
+    for (long r = 0; r < rows; r += ROW_TILE)
+        transpose_tile(x + r * depth, depth, at_most(ROW_TILE, rows - r), depth, tiles + r * depth);
+    if (rows <= ROW_TILE && w->is_bf16) few_rows_bf16(tiles, rows, depth, w->data, panels, y, ldy);
+    else if (rows <= ROW_TILE) few_rows_f32(tiles, rows, depth, w->data, panels, y, ldy);
+    else if (w->is_bf16) many_rows_bf16(tiles, rows, depth, w->data, panels, y, ldy);
+    else many_rows_f32(tiles, rows, depth, w->data, panels, y, ldy);
+    if (w->bias) {
 #pragma omp for schedule(static)
-            for (long r = 0; r < rows; r++)
-                for (long n = 0; n < outputs; n++) y[r * ldy + n] += bias[n];
-        }
+        for (long r = 0; r < rows; r++)
+            for (long n = 0; n < w->outputs; n++) y[r * ldy + n] += w->bias[n];
     }
+}
+
+// 0, or 1 when memory ran out.
+int lda_linear(const Weight *w, const float *x, long rows, float *y) {
+    float *tiles = malloc(rows * w->depth * sizeof(float));
+    if (!tiles) return 1;
+#pragma omp parallel if (rows * w->depth * w->outputs > SMALL)
+    product(w, x, rows, tiles, y);
+    free(tiles);
+    return 0;
+}
+
+// y = down(silu(gate(x)) * up(x)); 0, or 1 when memory ran out. y is [rows][panels of down * 16].
+int lda_gated_mlp(const Weight *gate, const Weight *up, const Weight *down, const float *x, long rows, float *y) {
+    long inner = panels_of(gate) * PANEL, widest = gate->depth > inner ? gate->depth : inner;
+    float *space = malloc(rows * (widest + 2 * inner) * sizeof(float));
+    if (!space) return 1;
+    float *tiles = space, *a = tiles + rows * widest, *b = a + rows * inner;
+#pragma omp parallel if (rows * gate->depth * gate->outputs > SMALL)
+    {
+        product(gate, x, rows, tiles, a);
+        product(up, x, rows, tiles, b);
+#pragma omp for schedule(static)
+        for (long i = 0; i < rows * inner; i += LANES) {
+            vec v = load_f32(a + i);
+            store(a + i, v / (splat(1) + exp_of(-v)) * load_f32(b + i));
+        }
+        product(down, a, rows, tiles, y);
+    }
+    free(space);
+    return 0;
 }
 
 // Lay w[outputs][depth] out as panels; missing outputs of the last panel are zero.
