@@ -36,7 +36,8 @@ class PairConfig:
 class EngineConfig:
     """Limits of the decoder. Token counts are positions of one sequence or slots of the KV cache.
 
-    `kv_cache_tokens` 0 means: as many as `max_running_sequences` rows of the default length need.
+    `kv_cache_tokens` 0 means: as many as `max_running_sequences` rows of the default length need. With `reserve_pages`
+    a sequence takes the slots of its longest course when it starts and is never preempted; without it, as it grows.
     """
 
     max_running_sequences: int = 64
@@ -46,6 +47,7 @@ class EngineConfig:
     prefill_chunk_tokens: int = 256
     page_tokens: int = 16
     kv_cache_tokens: int = 0
+    reserve_pages: bool = False
     min_alpha: float = -100.0
     max_alpha: float = 100.0
 

@@ -139,9 +139,9 @@ def test_one_prompt_is_prefilled_once_and_each_model_runs_only_the_rows_that_nee
     for side, runner in enumerate(engine.models.runners):
         prefill, decode = runner.prefill, runner.decode
 
-        def counted_prefill(chunk, keep, side=side, prefill=prefill):
+        def counted_prefill(chunk, keep, stored, side=side, prefill=prefill):
             work[side][0] += chunk.stop - chunk.start
-            return prefill(chunk, keep)
+            return prefill(chunk, keep, stored)
 
         def counted_decode(rows, slots, side=side, decode=decode):
             work[side][1] += len(rows)
@@ -154,9 +154,10 @@ def test_one_prompt_is_prefilled_once_and_each_model_runs_only_the_rows_that_nee
     assert work == {0: [len(PROMPT), 64 * 4], 1: [len(PROMPT), 64 * 4]}
     for counts in work.values():
         counts[:] = [0, 0]
-    run(engine, generation(branches=(Branch(Role.AFTER, 0.0),), stopping=stopping))
+    fresh = PROMPT[::-1]
+    run(engine, generation(branches=(Branch(Role.AFTER, 0.0),), stopping=stopping, prompt=fresh))
     assert work == {0: [len(PROMPT), 4], 1: [0, 0]}
-    run(engine, generation(branches=(Branch(Role.BEFORE, -1.0),), stopping=stopping))
+    run(engine, generation(branches=(Branch(Role.BEFORE, -1.0),), stopping=stopping, prompt=fresh))
     assert work == {0: [len(PROMPT), 4], 1: [len(PROMPT), 4]}
 
 

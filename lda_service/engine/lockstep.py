@@ -12,8 +12,11 @@ import torch
 from lda_service.engine.runner import ModelRunner, SlotMap
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
+    from lda_service.engine.pages import PageTable
     from lda_service.engine.pair import Pair
     from lda_service.engine.scheduler import Job, PrefillChunk, Sequence
 
@@ -23,7 +26,7 @@ class PairRunner:
 
     Args:
         pair: both models.
-        num_slots: positions each cache holds.
+        num_slots: slots of each cache; the last one belongs to no page.
         max_rows: sequences decoded at once.
         context_tokens: positions of the longest sequence.
     """
@@ -34,26 +37,30 @@ class PairRunner:
         self.runners = tuple(ModelRunner(model, num_slots, self.vocabulary) for model in (pair.after, pair.before))
         self.slot_map = SlotMap(max_rows, context_tokens, self.device)
 
-    def assign(self, sequence: Sequence) -> None:
-        """Point the sequence's row at the slots of its prompt and its own pages."""
-        assert sequence.job.table is not None
-        assert sequence.table is not None
-        self.slot_map.assign(sequence.row, sequence.job.table, sequence.table)
+    def assign(self, sequence: Sequence, tables: tuple[PageTable, ...]) -> None:
+        """Point the positions of `tables` at their slots, for the sequence's row."""
+        self.slot_map.assign(sequence.row, *tables)
 
-    def prefill(self, chunk: PrefillChunk, logits_to_keep: int) -> Tensor:
-        """Run a chunk of a prompt through the models that its job needs.
+    def prefill(self, chunk: PrefillChunk, logits_to_keep: int) -> list[Tensor | None]:
+        """Run a chunk through the models that it names.
 
         Returns:
-            float32 logits of the chunk's last positions, shape (2, logits_to_keep, vocabulary): after, then before. A
-            model that was not run stands in as equal to the other: alpha 0 and -1 do not look at it.
+            after, then before: float32 logits of the chunk's last positions, shape (logits_to_keep, vocabulary), or
+            None for a model that did not run.
         """
-        needed = zip(self.runners, chunk.job.needs, strict=True)
-        ran = [runner.prefill(chunk, logits_to_keep) if needs else None for runner, needs in needed]
-        self._check_lock_step([chunk.job])
-        return torch.stack([logits for logits in (ran[0], ran[1]) if logits is not None]).expand(2, -1, -1)
+        runs = zip(self.runners, chunk.sides, chunk.stored, strict=True)
+        logits = [runner.prefill(chunk, logits_to_keep, stored) if runs else None for runner, runs, stored in runs]
+        if chunk.sides == (True, True):
+            self._check_lock_step([chunk.owner])
+        return logits
 
     def decode(self, sequences: list[Sequence]) -> Tensor:
-        """Run the last token of each sequence; float32 logits, shape (2, rows, vocabulary), as `prefill` says."""
+        """Run the last token of each sequence.
+
+        Returns:
+            float32 logits, shape (2, rows, vocabulary): after, then before. A model that was not run stands in as
+            equal to the other: alpha 0 and -1 do not look at it.
+        """
         both = torch.empty(2, len(sequences), self.vocabulary, device=self.device)
         for side, runner in enumerate(self.runners):
             at = [i for i, sequence in enumerate(sequences) if sequence.needs[side]]
@@ -74,7 +81,7 @@ class PairRunner:
         """An idle pair remembers nobody."""
         assert not any(runner.cache.lengths for runner in self.runners), "an idle cache remembers lengths"
 
-    def _check_lock_step(self, owners: list[Sequence] | list[Job]) -> None:
+    def _check_lock_step(self, owners: Iterable[Sequence | Job]) -> None:
         """Both caches stand at the same position for every row that needs both models."""
         after, before = (runner.cache.lengths for runner in self.runners)
         for owner in owners:

@@ -43,7 +43,7 @@ class SlotMap:
         self.slots = torch.zeros(rows, context, dtype=torch.int64, device=device)
 
     def assign(self, row: int, *tables: PageTable) -> None:
-        """Give a row the positions of a prompt's table and a sequence's table."""
+        """Give a row the positions of these tables."""
         for table in tables:
             stop = table.start + table.capacity
             slots = torch.tensor(table.slots(table.start, stop), dtype=torch.int64)
@@ -51,7 +51,7 @@ class SlotMap:
 
 
 class ModelRunner:
-    """One model and its cache."""
+    """One model and its cache. The last slot belongs to no page: what must not be stored is written there."""
 
     def __init__(self, model: PreTrainedModel, num_slots: int, vocabulary: int) -> None:
         self.model = model
@@ -59,16 +59,21 @@ class ModelRunner:
         self.vocabulary = vocabulary
         self.device = model.device
 
-    def prefill(self, chunk: PrefillChunk, logits_to_keep: int) -> Tensor:
-        """Run a chunk of a prompt; float32 logits of its last positions, shape (logits_to_keep, vocabulary)."""
-        table = chunk.job.table
-        assert table is not None
-        slots = torch.tensor(table.slots(0, chunk.stop), device=self.device)
-        positions = torch.arange(chunk.start, chunk.stop, device=self.device)[None]
-        ids = torch.tensor(chunk.job.prompt_ids[chunk.start : chunk.stop], device=self.device)[None]
-        view = CacheView(self.cache, slots[chunk.start :], slots[None], positions)
-        logits = self._forward(ids, positions, view, logits_to_keep)[0]
-        self.cache.advance(chunk.job, chunk.start, chunk.stop)
+    def prefill(self, chunk: PrefillChunk, logits_to_keep: int, stored: int = 0) -> Tensor:
+        """Run a chunk of new positions; positions before `stored` stand in the cache and are not written again.
+
+        Another row may be reading those: what is computed for them goes to the last slot, which nobody reads.
+
+        Returns:
+            float32 logits of the chunk's last positions, shape (logits_to_keep, vocabulary).
+        """
+        slots = torch.tensor(chunk.slots(), device=self.device)
+        positions = torch.arange(chunk.start, chunk.stop, device=self.device)
+        ids = torch.tensor(chunk.ids, device=self.device)[None]
+        write = slots[chunk.start :].masked_fill(positions < stored, self.cache.num_slots - 1)
+        view = CacheView(self.cache, write, slots[None], positions[None])
+        logits = self._forward(ids, positions[None], view, logits_to_keep)[0]
+        self.cache.advance(chunk.owner, chunk.start, chunk.stop)
         return logits
 
     def decode(self, sequences: Ordered[Sequence], slot_map: SlotMap) -> Tensor:
