@@ -291,6 +291,14 @@ class TestPreemption:
         assert steps.scheduler.preemptions == 0
         assert len(steps.finished) == 4
 
+    def test_a_start_leaves_a_page_for_each_row_that_grows(self):
+        """Ten pages, one for the prompt: eight rollouts could have one page each, but then none a second one."""
+        scheduler = Scheduler(PagePool(10, 4), 8, 4)
+        scheduler.add(generation("a", 4, 8, 8))
+        steps = Steps(scheduler)
+        steps.step()
+        assert len(steps.started) == 5
+
     def test_a_prompt_without_rows_gives_way_first(self):
         """A waiting prompt's pages go to a running sequence, and come back when it is prefilled again."""
         scheduler = Scheduler(PagePool(13, 4), 4, 1)
@@ -383,6 +391,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1000))
     def cancel(self, which):
         self.scheduler.cancel(self.jobs.pop(which % len(self.jobs)))
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(which=st.integers(0, 1000))
+    def fail(self, which):
+        """The logits of a row were broken: what stands in its prompt's pages may be too."""
+        job = self.scheduler.running[which % len(self.scheduler.running)].job
+        self.scheduler.pool.discard(job.table)
+        self.scheduler.check_integrity()
+        self.scheduler.cancel(job)
+        self.jobs.remove(job)
 
     @precondition(lambda self: self.jobs)
     @rule(which=st.integers(0, 1000))

@@ -7,8 +7,9 @@ not keep others out.
 
 Sequences get pages as they grow. When none is free, prompts without a running sequence give theirs back, then the
 sequence that started last is preempted: it waits with its tokens, and goes on once these have been prefilled again.
-What was preempted goes before what never started, in the order of starting: so the oldest always ends, and then the
-next. Knows no torch, no text and no clock.
+What was preempted goes before what never started, in the order of starting. So the oldest always ends, and then there
+is room for the next: prompts are held only by jobs that had all been fitted in side by side. Knows no torch, no text
+and no clock.
 """
 
 from __future__ import annotations
@@ -225,9 +226,9 @@ class Scheduler:
         whole_pages = self.pool.pages_for(tokens) * self.pool.page_tokens
         return self.pool.allocate(start, min(whole_pages, room))
 
-    def _drop_idle_prompt(self, plan: Plan, keep: Job | None = None) -> bool:
-        """Take the pages of the youngest prompt that has no running sequence; False if there is none but `keep`."""
-        idle = [job for job in self._jobs() if job.table is not None and job.running == 0 and job is not keep]
+    def _drop_idle_prompt(self, plan: Plan) -> bool:
+        """Take the pages of the youngest prompt that has no running sequence; False if there is none."""
+        idle = [job for job in self._jobs() if job.table is not None and job.running == 0]
         if not idle:
             return False
         job = max(idle, key=lambda job: job.number)
@@ -250,33 +251,21 @@ class Scheduler:
     # What is prefilled next -----------------------------------------------------------------------------------------
 
     def _choose_prefill(self, plan: Plan) -> bool:
-        """Resume the oldest preempted sequence, or begin the oldest waiting prompt; False if neither can be done."""
+        """Resume the oldest preempted sequence, or else begin the oldest waiting prompt; False if that must wait."""
         sequence = self._first_preempted()
-        if sequence is None:
-            return self._choose_prompt(plan)
-        job = sequence.job
-        while self._needed(job) > self._spare:
-            if not self._drop_idle_prompt(plan, keep=job):
-                return False
+        job = sequence.job if sequence else next(iter(self.waiting), None)
+        if job is None or self._needed(job) > self._spare or (sequence is None and not self._may_begin(job)):
+            return False
         if job.table is None:
             self._begin(job, plan)
-        else:
+        elif sequence is not None:
             self._resume(sequence, plan)
         return True
 
-    def _choose_prompt(self, plan: Plan) -> bool:
-        """Begin the oldest waiting prompt, unless a prefilled job waits for pages: prompts could starve it."""
-        stuck = sum(self._needed(job) > self._spare for job in self.ready)
-        if stuck:
-            deadlock = not self.running and stuck == len(self.ready)
-            return deadlock and self._drop_idle_prompt(plan, keep=self.ready[0])
-        job = self.waiting[0] if self.waiting else None
-        if job is None or (job.waiting and len(self.ready) >= len(self._free_rows)):
-            return False
-        if self._needed(job) > self._spare:
-            return False
-        self._begin(job, plan)
-        return True
+    def _may_begin(self, job: Job) -> bool:
+        """Not before there is a row for it, nor while a prefilled job waits for pages: prompts could starve it."""
+        spare, has_row = self._spare, len(self.ready) < len(self._free_rows) or not job.waiting
+        return has_row and all(self._needed(ready) <= spare for ready in self.ready)
 
     def _first_preempted(self) -> Sequence | None:
         """Of the sequences that have tokens and no row, the one that started first."""
