@@ -77,6 +77,19 @@ def main() -> None:
     type=click.IntRange(min=0),
     help="Positions each model's cache holds; 0 means as many as the running sequences need.",
 )
+@click.option(
+    "--deterministic",
+    envvar="DETERMINISTIC",
+    is_flag=True,
+    help="The same tokens alone and in any company, bit for bit; refused where that cannot be kept.",
+)
+@click.option(
+    "--native/--no-native",
+    envvar="NATIVE",
+    default=True,
+    show_default=True,
+    help="On a CPU: kernels of our own, built by the machine's C compiler, or torch's operators.",
+)
 @click.option("--allow-incompatible", is_flag=True, help="Serve a pair whose vocabularies differ, on its shared ids.")
 @click.option(
     "--drain-grace",
@@ -95,6 +108,8 @@ def serve(
     max_running_sequences: int,
     max_queued_requests: int,
     kv_cache_tokens: int,
+    deterministic: bool,
+    native: bool,
     allow_incompatible: bool,
     drain_grace: float,
 ) -> None:
@@ -103,11 +118,12 @@ def serve(
     try:
         after, before = pair_ids(model_after_id, model_before_id)
         config = Config(
-            pair=PairConfig(after, before, device, dtype, allow_incompatible),
+            pair=PairConfig(after, before, device, dtype, allow_incompatible, native),
             engine=EngineConfig(
                 max_running_sequences=max_running_sequences,
                 max_queued_requests=max_queued_requests,
                 kv_cache_tokens=kv_cache_tokens,
+                deterministic=deterministic,
             ),
             server=ServerConfig(host, port, drain_grace),
         )

@@ -39,6 +39,9 @@ class EngineConfig:
     """Limits of the decoder. Token counts are positions of one sequence or slots of the KV cache.
 
     `kv_cache_tokens` 0 means: as many as `max_running_sequences` rows of the default length need.
+    With `reserve_pages` a sequence takes the slots of its longest course when it starts and is never preempted; without
+    it, as it grows. `deterministic` promises the same tokens alone and in any company, bit for bit, and reserves pages
+    too; without it, near ties may fall either way.
     """
 
     max_running_sequences: int = 64
@@ -48,6 +51,8 @@ class EngineConfig:
     prefill_chunk_tokens: int = 256
     page_tokens: int = 16
     kv_cache_tokens: int = 0
+    reserve_pages: bool = False
+    deterministic: bool = False
     min_alpha: float = -100.0
     max_alpha: float = 100.0
 

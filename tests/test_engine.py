@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from lda_service import LDAModelPair
 from lda_service.config import EngineConfig, PairConfig
 from lda_service.engine.engine import Engine
+from lda_service.engine.native import PackedWeight, Product
 from lda_service.engine.pair import load_pair
 from lda_service.engine.request import (
     Branch,
@@ -155,9 +156,10 @@ def test_one_prompt_is_prefilled_once_and_each_model_runs_only_the_rows_that_nee
     assert work == {0: [len(PROMPT), 64 * 4], 1: [len(PROMPT), 64 * 4]}
     for counts in work.values():
         counts[:] = [0, 0]
-    run(engine, generation(branches=(Branch(Role.AFTER, 0.0),), stopping=stopping))
+    fresh = PROMPT[::-1]
+    run(engine, generation(branches=(Branch(Role.AFTER, 0.0),), stopping=stopping, prompt=fresh))
     assert work == {0: [len(PROMPT), 4], 1: [0, 0]}
-    run(engine, generation(branches=(Branch(Role.BEFORE, -1.0),), stopping=stopping))
+    run(engine, generation(branches=(Branch(Role.BEFORE, -1.0),), stopping=stopping, prompt=fresh))
     assert work == {0: [len(PROMPT), 4], 1: [len(PROMPT), 4]}
 
 
@@ -188,9 +190,9 @@ def test_logits_that_are_not_finite_end_the_request_alone(folders, tmp_path):
     """Broken weights fail the request that met them instead of inventing tokens; the engine goes on."""
     pair = load_pair(PairConfig(str(folders / "after"), str(folders / "before"), device="cpu"))
     engine = Engine(pair, EngineConfig())
-    head = pair.before.get_output_embeddings()
-    head.bias = torch.nn.Parameter(torch.zeros(head.outputs), requires_grad=False)
-    head.bias[65] = torch.nan
+    weight = pair.before.get_output_embeddings().packed.data  # panels of 16 outputs
+    kept = weight[4, 0, 1].item()
+    weight[4, 0, 1] = torch.nan
     only_after = generation("after", branches=(Branch(Role.AFTER, 0.0),))
     for sampling in (Sampling(0.0), Sampling(1.0, 0.9), Sampling(1.0, 1.0)):
         events = run(engine, generation("broken", n=3, sampling=sampling), only_after)
@@ -198,7 +200,7 @@ def test_logits_that_are_not_finite_end_the_request_alone(folders, tmp_path):
         assert [failure.request_id for failure in failures] == ["broken"]
         assert not of(events, SequenceDelta, "broken")
         assert of(events, SequenceFinished, "after")
-    head.bias[65] = 0.0
+    weight[4, 0, 1] = kept
     assert of(run(engine, generation("mended")), SequenceFinished)
 
 
@@ -266,8 +268,9 @@ class TestEnds:
         save_model(tmp_path / "before", seed=2)
         pair = LDAModelPair(str(tmp_path / "after"), str(tmp_path / "before"), device="cpu")
         head = pair._engine.pair.after.get_output_embeddings()
-        head.bias = torch.nn.Parameter(torch.zeros(head.outputs), requires_grad=False)
-        head.bias[EOS] = 60.0
+        bias = torch.zeros(head.outputs)
+        bias[EOS] = 60.0
+        head.product = Product(PackedWeight(head.packed.data, head.outputs), bias)
         sampling, stopping = Sampling(1.0, 1.0, plausibility=0.5, seed=1), Stopping(20, min_new_tokens=4)
         branch, output = Branch(Role.AMPLIFIED, 0.5), Output(diagnostics=True, score_alphas=(0.5,))
         drawn = pair.rollouts("Hello", [branch], 1, sampling, stopping, output)[0]

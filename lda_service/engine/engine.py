@@ -41,7 +41,8 @@ from lda_service.engine.request import (
 )
 from lda_service.engine.sampling import Drawn, RowSampling, Sampler, sequence_key
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
-from lda_service.errors import ContextExceeded, InternalError, PromptUnusable, QueueFull
+from lda_service.engine.selfcheck import decodes_alone_as_in_company
+from lda_service.errors import ConfigError, ContextExceeded, InternalError, PromptUnusable, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,18 +50,17 @@ if TYPE_CHECKING:
     from lda_service.config import EngineConfig
     from lda_service.engine.pair import Pair
     from lda_service.engine.request import Diagnostics
-    from lda_service.engine.scheduler import PrefillChunk
+    from lda_service.engine.scheduler import Plan, PrefillChunk
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class JobState:
-    """What the engine keeps for a job: the logits after its prompt, when it was admitted."""
+    """What the engine keeps for a job. The logits after its prompt are states of the prompt's last page."""
 
     alpha_scores: Tensor  # a score's sums so far, (score alphas,), float64
-    logits: Tensor | None = None  # (2, vocabulary)
-    admitted_at: float = 0.0
+    admitted_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -102,9 +102,15 @@ class Engine:
         self.context_tokens = pair.info.context_tokens
         tokens = config.kv_cache_tokens or default_cache_tokens(pair, config)
         pool = PagePool(max(1, tokens // config.page_tokens), config.page_tokens)
-        self.scheduler = Scheduler(pool, config.max_running_sequences, config.prefill_chunk_tokens)
-        slots = pool.num_pages * pool.page_tokens
-        self.models = PairRunner(pair, slots, config.max_running_sequences, self.context_tokens)
+        self.scheduler = Scheduler(
+            pool,
+            config.max_running_sequences,
+            config.prefill_chunk_tokens,
+            reserve_pages=config.reserve_pages or config.deterministic,
+        )
+        slots = (pool.num_pages + 1) * pool.page_tokens  # with a page that belongs to nobody
+        rows = config.max_running_sequences
+        self.models = PairRunner(pair, slots, rows, self.context_tokens, invariant=config.deterministic)
         self._jobs: dict[str, Job] = {}
         self._events: list[Event] = []
         forbidden = torch.ones(pair.vocabulary_size, dtype=torch.bool, device=self.device)
@@ -113,6 +119,12 @@ class Engine:
         self._shared = frozenset(pair.shared_ids)
         self._settings_of: list[Sequence] = []
         self._settings: RowSampling
+
+        if config.deterministic and not (pair.backend.invariant and decodes_alone_as_in_company(self)):
+            raise ConfigError(
+                "These models cannot be decoded deterministically here: on this device, a sequence's logits depend on "
+                "its company. Leave out --deterministic; on a CPU, the native kernels allow it."
+            )
 
     # What the owner calls -------------------------------------------------------------------------------------------
 
@@ -123,9 +135,15 @@ class Engine:
 
     def load(self) -> Load:
         """How busy the engine is."""
-        pool = self.scheduler.pool
-        waiting = len(self.scheduler.waiting)
-        return Load(len(self.scheduler.running), waiting, pool.num_free, pool.num_pages)
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return Load(
+            running_sequences=len(scheduler.running),
+            waiting_requests=len(scheduler.waiting),
+            pages_free=pool.num_free,
+            pages_total=pool.num_pages,
+            reused_prompt_tokens=scheduler.reused_tokens,
+            preemptions=scheduler.preemptions,
+        )
 
     def submit(self, request: GenerationRequest | ScoreRequest) -> None:
         """Put a request in the queue.
@@ -166,7 +184,7 @@ class Engine:
         """One step: each running sequence gets a token, one prompt a chunk. Returns what happened, in order."""
         self._events = []
         self._end_expired()
-        plan = self.scheduler.schedule()
+        plan = self._schedule()
         if plan.prefill is not None:
             self._prefill(plan.prefill)
         started = self._admit()
@@ -209,7 +227,8 @@ class Engine:
             )
         needs = [_needs(request, branch) for branch in request.branches]
         union = (any(after for after, _ in needs), any(before for _, before in needs))
-        job = Job(request, request.prompt_ids, union, state=JobState(_zeros(0)))
+        last = len(request.prompt_ids) - 1
+        job = Job(request, request.prompt_ids, union, logits_from=last, state=JobState(_zeros(0)))
         longest = min(request.stopping.max_new_tokens, room)
         for index in range(request.num_sequences):
             for branch, need in zip(request.branches, needs, strict=True):
@@ -239,7 +258,8 @@ class Engine:
             )
         # The last token predicts nothing that is asked for, so it is not run.
         forced = request.prompt_ids + request.continuation_ids[:-1]
-        return Job(request, forced, state=JobState(_zeros(len(request.score_alphas))))
+        first = len(request.prompt_ids) - 1
+        return Job(request, forced, logits_from=first, state=JobState(_zeros(len(request.score_alphas))))
 
     def _check_ids(self, ids: tuple[int, ...], field_name: str) -> None:
         if not ids:
@@ -261,37 +281,59 @@ class Engine:
         for job in list(self._jobs.values()):
             request = job.request
             budget = request.stopping.time_budget_s if isinstance(request, GenerationRequest) else None
-            if budget is None or job.prefilled == 0 or now < job.state.admitted_at + budget:
+            if budget is None or job.state.admitted_at is None or now < job.state.admitted_at + budget:
                 continue
-            for sequence in self.scheduler.drop_waiting(job):
-                self._report_end(sequence, FinishReason.TIME_BUDGET, now)
-            for sequence in [s for s in self.scheduler.running if s.job is job]:
+            waiting = self.scheduler.drop_waiting(job)
+            for sequence in waiting + [s for s in self.scheduler.running if s.job is job]:
                 self._end(sequence, FinishReason.TIME_BUDGET, now)
-            self._retire(job)
+
+    def _schedule(self) -> Plan:
+        """Plan the step, and carry out what it says about rows and pages."""
+        plan = self.scheduler.schedule()
+        for owner in plan.evicted:
+            self._forget(owner)
+        for sequence, tables in plan.grown:
+            self.models.assign(sequence, tables)
+        for job in plan.admitted:
+            if job.state.admitted_at is None:
+                job.state.admitted_at = self.clock()
+                self._events.append(Admitted(job.request.request_id))
+        return plan
 
     def _admit(self) -> list[Sequence]:
         started = self.scheduler.admit()
         for sequence in started:
-            self.models.assign(sequence)
+            self.models.assign(sequence, sequence.tables)
         return started
 
     # Run both -------------------------------------------------------------------------------------------------------
 
     def _prefill(self, chunk: PrefillChunk) -> None:
-        """Run a chunk through the models that its job needs; keep the logits that are needed."""
-        job, request = chunk.job, chunk.job.request
-        if chunk.start == 0:
-            job.state.admitted_at = self.clock()
-            self._events.append(Admitted(request.request_id))
-        keep = 1
-        if isinstance(request, ScoreRequest):
-            keep = max(1, chunk.stop - max(chunk.start, len(request.prompt_ids) - 1))
-        after, before = self.models.prefill(chunk, keep)
+        """Run a chunk; keep the logits that are wanted. A preempted sequence's were used before it was preempted."""
+        owner = chunk.owner
+        if isinstance(owner, Sequence):
+            self.models.prefill(chunk, 1)
+            self.scheduler.prefill_done(chunk)
+            return
+        logits = self.models.prefill(chunk, max(1, chunk.stop - max(chunk.start, owner.logits_from)))
+        if isinstance(owner.request, GenerationRequest):
+            self._keep_logits(owner, chunk, logits)
         self.scheduler.prefill_done(chunk)
-        if isinstance(request, ScoreRequest):
-            self._score(chunk, after, before)
-        elif job.is_prefilled:
-            job.state.logits = torch.stack([after[-1], before[-1]])
+        if isinstance(owner.request, ScoreRequest):
+            self._score(owner, owner.request, chunk, logits)
+
+    def _keep_logits(self, job: Job, chunk: PrefillChunk, logits: list[Tensor | None]) -> None:
+        """Leave the logits after the prompt with the prompt's last page, for this request and the next like it."""
+        assert job.table is not None
+        if chunk.stop == len(job.prompt_ids):
+            for side, rows in enumerate(logits):
+                if rows is not None:
+                    job.table.contents[-1].states[side] = rows[-1]
+
+    def _first_logits(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+        """The logits after the prompts: each of shape (sequences, vocabulary), as `PairRunner.decode` says."""
+        after, before = (torch.stack([_prompt_logits(sequence.job, side) for sequence in sequences]) for side in (0, 1))
+        return after, before
 
     def _run_both(self, decode: list[Sequence], started: list[Sequence]) -> Batch:
         """Both models' next-token logits for every row: decoded ones, then those that start from their prompt's."""
@@ -299,8 +341,7 @@ class Engine:
         decode = sorted(decode, key=lambda sequence: sequence.job.table.pages)  # type: ignore[union-attr]
         parts = [self.models.decode(decode)] if decode else []
         if started:
-            logits = torch.stack([sequence.job.state.logits for sequence in started], 1)
-            parts.append((logits[0], logits[1]))
+            parts.append(self._first_logits(started))
         after, before = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
         sequences = decode + started
         return Batch(sequences, after, before, self._row_sampling(sequences))
@@ -369,6 +410,8 @@ class Engine:
         """The models gave NaN or infinity (a float16 overflow, broken weights): end the request, invent nothing."""
         request_id = sequence.job.request.request_id
         logger.error("%s: logits are not finite; broken weights, or a DTYPE too narrow for the models", request_id)
+        assert sequence.job.table is not None
+        self.scheduler.pool.discard(sequence.job.table)
         self.cancel(request_id)
         self._events.append(RequestFailed(request_id, InternalError("The models gave logits that are not finite.")))
 
@@ -404,13 +447,14 @@ class Engine:
         stop_string: str | None = None,
         stop_token_id: int | None = None,
     ) -> None:
-        """Report the end of a running sequence and free what it holds. `last` ends it and adds no text."""
+        """Report the end of a sequence and free what it holds, if it has a row. `last` ends it and adds no text."""
         if stop_string is None:
             released = sequence.state.text.flush()
             self._delta(sequence, released.text, released.tokens + ((last,) if last else ()))
         self._report_end(sequence, reason, now, stop_string, stop_token_id)
-        self._forget(sequence)
-        self.scheduler.finish(sequence)
+        if sequence.row >= 0:
+            self._forget(sequence)
+            self.scheduler.finish(sequence)
         self._retire(sequence.job)
 
     def _report_end(
@@ -470,17 +514,19 @@ class Engine:
         logits = after, before, amplify(after, before, batch.settings.alpha[rows])
         return dict(zip(rows, diagnose(*logits, batch.drawn.tokens[rows], counts, self.pair.pieces), strict=True))
 
-    def _score(self, chunk: PrefillChunk, after: Tensor, before: Tensor) -> None:
+    def _score(self, job: Job, request: ScoreRequest, chunk: PrefillChunk, logits: list[Tensor | None]) -> None:
         """Report the continuation's tokens that this chunk predicts."""
-        request, state = chunk.job.request, chunk.job.state
-        assert isinstance(request, ScoreRequest)
-        offset = max(chunk.start, len(request.prompt_ids) - 1) + 1 - len(request.prompt_ids)
-        stop = chunk.stop + 1 - len(request.prompt_ids)
-        if stop > offset >= 0:
-            ids = request.continuation_ids[offset:stop]
-            self._score_block(request, state, offset, ids, self.sampler.forbid(after), self.sampler.forbid(before))
-        if chunk.job.is_prefilled:
-            self._retire(chunk.job)
+        after, before = logits
+        first = max(chunk.start, job.logits_from)
+        if chunk.stop > first:
+            assert after is not None
+            assert before is not None
+            offset = first + 1 - len(request.prompt_ids)
+            ids = request.continuation_ids[offset : offset + chunk.stop - first]
+            self._score_block(request, job.state, offset, ids, self.sampler.forbid(after), self.sampler.forbid(before))
+            job.logits_from = chunk.stop
+        if job.is_prefilled:
+            self._retire(job)
 
     def _score_block(
         self,
@@ -505,6 +551,13 @@ class Engine:
         is_last = offset + len(ids) == total
         scores = tuple(state.alpha_scores.tolist()) if is_last else ()
         self._events.append(ScoreBlock(request.request_id, offset, records, total, is_last, scores))
+
+
+def _prompt_logits(job: Job, side: int) -> Tensor:
+    """One model's logits after a prompt; the other's where the job does not need that model."""
+    assert job.table is not None
+    logits: Tensor = job.table.contents[-1].states[side if job.needs[side] else 1 - side]
+    return logits
 
 
 def _zeros(count: int) -> Tensor:

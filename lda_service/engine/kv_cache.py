@@ -78,6 +78,7 @@ class PassInputs:
         rows: int64, shape (rows,): where each row stands in `slot_map`.
         context: positions up to the longest row's end.
         groups: all rows, those with the same prompt together.
+        stored: positions before this one stand in the cache already and are not written again: others read them.
         is_prefill: many queries of few rows.
         invariant: how a row is computed must not depend on how many rows share its prompt.
     """
@@ -88,6 +89,7 @@ class PassInputs:
     rows: Tensor
     context: int
     groups: tuple[Group, ...]
+    stored: int = 0
     is_prefill: bool = False
     invariant: bool = False
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
@@ -98,9 +100,15 @@ class PassInputs:
         return self.slot_map[self.rows, : self.context]
 
     @cached_property
+    def written(self) -> Tensor:
+        """Which of this pass's keys and values are stored, in order of rows and queries: int64."""
+        return (self.positions.flatten() >= self.stored).nonzero()[:, 0]
+
+    @cached_property
     def write_slots(self) -> Tensor:
-        """Where this pass's keys and values go: int64, shape (rows * queries,)."""
-        return self.context_slots.gather(1, self.positions).flatten()
+        """Where those go: int64."""
+        slots = self.context_slots.gather(1, self.positions).flatten()
+        return slots[self.written] if self.stored else slots
 
     def mask(self, window: int | None, start: int = 0) -> Tensor:
         """Which positions from `start` on a query sees: bool, shape (rows, 1, queries, context - start)."""
@@ -130,7 +138,8 @@ class PassInputs:
             self._group_start.data_ptr(),
             self._group_prefix.data_ptr(),
             shared,
-            self.is_prefill,
+            self.is_prefill or self.invariant,
+            self.stored,
         )
 
 
@@ -149,7 +158,8 @@ class CacheView:
         """Write keys and values of shape (rows, kv_heads, queries, head_dim)."""
         stored = self.cache.layer(layer, key, value)
         for tensor, new in zip(stored, (key, value), strict=True):
-            tensor[self.inputs.write_slots] = new.transpose(1, 2).flatten(0, 1).to(tensor.dtype)
+            rows = new.transpose(1, 2).flatten(0, 1).to(tensor.dtype)
+            tensor[self.inputs.write_slots] = rows[self.inputs.written] if self.inputs.stored else rows
 
     def load(self, layer: int, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values at `slots` of shape (rows, positions): shape (rows, kv_heads, positions, head_dim)."""

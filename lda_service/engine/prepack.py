@@ -42,11 +42,13 @@ class Backend:
         kernels: the native kernels, for attention and sampling; None: torch's operators.
         cache_dtype: of stored keys and values; None: that of the computation.
         summary: one sentence for the log: what runs, and why.
+        invariant: what is computed for a row does not depend on the rows beside it.
     """
 
     kernels: Kernels | None
     cache_dtype: torch.dtype | None
     summary: str
+    invariant: bool = False
 
 
 class Float32Head(nn.Module):
@@ -182,21 +184,22 @@ def _choose(models: list[PreTrainedModel], use_native: bool) -> Backend:
         )
     if any(model.dtype == torch.bfloat16 for model in models):
         return _choose_for_bf16(models[0], kernels)
-    return Backend(kernels, None, "native kernels: packed weights, float32 sums")
+    return Backend(kernels, None, "native kernels: packed weights, float32 sums", invariant=True)
 
 
 def _choose_for_bf16(model: PreTrainedModel, kernels: Kernels) -> Backend:
     """Products in float32 with bfloat16 weights, or oneDNN's bfloat16 where the processor has that and is faster."""
-    ours = Backend(kernels, torch.bfloat16, "native kernels: bfloat16 weights and cache, float32 products and sums")
+    ours = "native kernels: bfloat16 weights and cache, float32 products and sums"
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return Backend(kernels, torch.bfloat16, ours.summary + "; this processor has no bfloat16 products")
+        summary = f"{ours}; this processor has no bfloat16 products"
+        return Backend(kernels, torch.bfloat16, summary, invariant=True)
     weight = max((m.weight for m in model.modules() if type(m) is nn.Linear), key=Tensor.numel).detach()
     weight = weight[: MEASURED_BYTES // (2 * weight.shape[1])]
     native_s, one_dnn_s = _measure(kernels, weight)
     ratio = statistics.geometric_mean(a / b for a, b in zip(one_dnn_s, native_s, strict=True))
     measured = f"oneDNN's bfloat16 takes {ratio:.2f} times as long over {MEASURED_ROWS} rows"
     if ratio >= 1:
-        return Backend(kernels, torch.bfloat16, f"{ours.summary}; {measured}")
+        return Backend(kernels, torch.bfloat16, f"{ours}; {measured}", invariant=True)
     return Backend(
         kernels, None, f"oneDNN with packed bfloat16 weights, native attention and output layers; {measured}"
     )

@@ -198,12 +198,18 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is."""
+    """How busy the engine is, and two counts since it was loaded.
+
+    `pages_free` counts pages that nobody holds, whether or not they keep a known prompt. `reused_prompt_tokens` counts
+    prompt positions that a model found in its cache.
+    """
 
     running_sequences: int = 0
     waiting_requests: int = 0
     pages_free: int = 0
     pages_total: int = 0
+    reused_prompt_tokens: int = 0
+    preemptions: int = 0
 
 
 Event = Admitted | SequenceDelta | SequenceFinished | ScoreBlock | RequestFailed

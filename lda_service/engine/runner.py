@@ -26,22 +26,21 @@ class SlotMap:
         self.slots = torch.zeros(rows, context, dtype=torch.int64, device=device)
 
     def assign(self, row: int, *tables: PageTable) -> None:
-        """Give a row the positions of a prompt's table and a sequence's table."""
+        """Give a row the positions of these tables."""
         for table in tables:
             stop = table.start + table.capacity
             slots = torch.tensor(table.slots(table.start, stop), dtype=torch.int64)
             self.slots[row, table.start : stop] = slots.to(self.slots.device)
 
 
-def prefill_inputs(chunk: PrefillChunk, device: torch.device) -> PassInputs:
-    """One row: the chunk's positions, behind what stands in the cache already."""
-    table = chunk.job.table
-    assert table is not None
-    slots = torch.tensor(table.slots(0, chunk.stop), device=device)[None]
+def prefill_inputs(chunk: PrefillChunk, stored: int, device: torch.device) -> PassInputs:
+    """One row: the chunk's positions, behind what stands in the cache; those before `stored` stay as they are."""
+    slots = torch.tensor(chunk.slots(), device=device)[None]
     positions = torch.arange(chunk.start, chunk.stop, device=device)[None]
-    ids = torch.tensor(chunk.job.prompt_ids[chunk.start : chunk.stop], device=device)[None]
+    ids = torch.tensor(chunk.ids, device=device)[None]
     rows = torch.zeros(1, dtype=torch.int64, device=device)
-    return PassInputs(ids, positions, slots, rows, chunk.stop, (Group(0, 1, 0),), is_prefill=True)
+    groups = (Group(0, 1, chunk.prefix),)
+    return PassInputs(ids, positions, slots, rows, chunk.stop, groups, stored=stored, is_prefill=True)
 
 
 def decode_inputs(sequences: Ordered[Sequence], slot_map: SlotMap, *, invariant: bool = False) -> PassInputs:
@@ -91,9 +90,9 @@ class ModelRunner:
         self.kernels = kernels
 
     def prefill(self, chunk: PrefillChunk, inputs: PassInputs, logits_to_keep: int) -> Tensor:
-        """Run a chunk of a prompt; float32 logits of its last positions, shape (logits_to_keep, vocabulary)."""
+        """Run a chunk of new positions; float32 logits of its last ones, shape (logits_to_keep, vocabulary)."""
         logits = self._forward(inputs, logits_to_keep)[0]
-        self.cache.advance(chunk.job, chunk.start, chunk.stop)
+        self.cache.advance(chunk.owner, chunk.start, chunk.stop)
         return logits
 
     def decode(self, sequences: Ordered[Sequence], inputs: PassInputs) -> Tensor:

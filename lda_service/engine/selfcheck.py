@@ -14,6 +14,7 @@ import torch
 
 from lda_service.engine import attention
 from lda_service.engine.pages import PagePool
+from lda_service.engine.request import Branch, GenerationRequest, Role, Sampling, SequenceDelta, Stopping
 from lda_service.engine.runner import ModelRunner, SlotMap, decode_inputs, prefill_inputs
 from lda_service.engine.scheduler import Job, PrefillChunk, Sequence
 
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from lda_service.engine.engine import Engine
     from lda_service.engine.prepack import Backend
 
 PROMPT_TOKENS = 8
 CHUNK_TOKENS = 5
+COMPANY = 7
 NEW_TOKENS = 4
 TOLERANCE_32_BITS = 0.01
 TOLERANCE_16_BITS = 0.3
@@ -83,7 +86,7 @@ def _through_cache(model: PreTrainedModel, backend: Backend, vocabulary: int) ->
     slot_map = SlotMap(1, total, model.device)
     job = Job(None, tuple(ids[:PROMPT_TOKENS]), table=pool.allocate(0, PROMPT_TOKENS))  # type: ignore[arg-type]
     chunks = [PrefillChunk(job, 0, CHUNK_TOKENS), PrefillChunk(job, CHUNK_TOKENS, PROMPT_TOKENS)]
-    rows = [runner.prefill(chunk, prefill_inputs(chunk, model.device), 1) for chunk in chunks][1:]
+    rows = [runner.prefill(chunk, prefill_inputs(chunk, 0, model.device), 1) for chunk in chunks][1:]
     table = pool.allocate(PROMPT_TOKENS, NEW_TOKENS)
     slot_map.assign(0, job.table, table)  # type: ignore[arg-type]
     sequence = Sequence(job, None, 0, NEW_TOKENS, row=0, table=table)  # type: ignore[arg-type]
@@ -91,3 +94,29 @@ def _through_cache(model: PreTrainedModel, backend: Backend, vocabulary: int) ->
         sequence.tokens.append(token)
         rows.append(runner.decode([sequence], decode_inputs([sequence], slot_map)))
     return torch.cat(rows)
+
+
+def decodes_alone_as_in_company(engine: Engine) -> bool:
+    """Whether a sequence's log-probabilities are the same bits alone and beside others, of its own prompt and another.
+
+    Args:
+        engine: idle; idle again afterwards.
+    """
+    ids = engine.pair.shared_ids
+    prompt, other = ids[:PROMPT_TOKENS], ids[-CHUNK_TOKENS:]
+    alone = _logprobs(engine, [(prompt, 1)])
+    return all(_logprobs(engine, [(other, rows), (prompt, 1 + rows)]) == alone for rows in (1, 2, COMPANY))
+
+
+def _logprobs(engine: Engine, prompts: list[tuple[tuple[int, ...], int]]) -> list[float | None]:
+    """Of the first sequence of the last prompt, each prompt with as many sequences as it says."""
+    sampling, stopping = Sampling(1.0, 1.0), Stopping(NEW_TOKENS, ignore_eos=True)
+    for i, (prompt, rows) in enumerate(prompts):
+        branch = Branch(Role.AMPLIFIED, 1.0)
+        engine.submit(GenerationRequest(f"self-check-{i}", prompt, (branch,), rows, sampling, stopping))
+    last, found = f"self-check-{len(prompts) - 1}", []
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, SequenceDelta) and event.request_id == last and event.sequence_index == 0:
+                found += [record.logprob for record in event.tokens]
+    return found

@@ -57,6 +57,7 @@ class Layout(Structure):
         ("group_prefix", c_void_p),
         ("prefix_as_tiles", c_int),
         ("own_as_tiles", c_int),
+        ("stored", c_long),
     )
 
 

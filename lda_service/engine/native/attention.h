@@ -19,6 +19,7 @@ typedef struct {
     const int64_t *group_prefix;   // [groups]: shared positions
     int prefix_as_tiles;           // 1: a block of keys is turned once for many queries; 0: dot products
     int own_as_tiles;
+    long stored;                   // positions before this one are not written again
 } Layout;
 
 typedef struct {
@@ -206,6 +207,7 @@ static void store_new(const Layout *l, const Shape *s, const Heads *source, void
 #pragma omp for schedule(static)
     for (long i = 0; i < l->rows * l->queries; i++) {
         long row = i / l->queries, q = i % l->queries;
+        if (l->positions[i] < l->stored) continue;
         int64_t slot = l->slot_map[l->row_index[row] * l->context + l->positions[i]];
         for (long h = 0; h < s->kv_heads; h++) {
             const float *from = source->data + row * source->row + h * source->head + q * source->query;
