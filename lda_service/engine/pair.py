@@ -20,6 +20,7 @@ from lda_service.engine import attention
 from lda_service.engine.detokenizer import TokenPieces
 from lda_service.engine.runner import Float32Head
 from lda_service.engine.selfcheck import decodes_rightly
+from lda_service.engine.sharing import share_equal_tensors
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
 from lda_service.pairs import demo
@@ -72,6 +73,7 @@ def load_pair(config: PairConfig) -> Pair:
     device = choose_device(config.device)
     after = load_model(config.model_after_id, config.dtype, device)
     before = load_model(config.model_before_id, config.dtype, device)
+    logger.info("shared_weight_bytes=%d", share_equal_tensors(after.model, before.model))
     sides = [vocabulary.Side(m.tokenizer, m.info.vocab_size, m.eos_ids) for m in (after, before)]
     report = vocabulary.compare(*sides)
     shared = tuple(vocabulary.shared_ids(*sides))
