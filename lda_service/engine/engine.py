@@ -19,7 +19,7 @@ from torch import Tensor
 from lda_service.engine.amplify import amplify, score
 from lda_service.engine.detokenizer import TextStream
 from lda_service.engine.evidence import diagnose
-from lda_service.engine.lockstep import PairRunner
+from lda_service.engine.lockstep import runner_for
 from lda_service.engine.memory import default_cache_tokens
 from lda_service.engine.pages import PagePool
 from lda_service.engine.request import (
@@ -107,7 +107,7 @@ class Engine:
         pool = PagePool(max(1, tokens // config.page_tokens), config.page_tokens)
         self.scheduler = Scheduler(pool, config.max_running_sequences, config.prefill_chunk_tokens)
         slots = pool.num_pages * pool.page_tokens
-        self.models = PairRunner(pair, slots, config.max_running_sequences, self.context_tokens)
+        self.models = runner_for(pair, slots, config.max_running_sequences, self.context_tokens)
         self._jobs: dict[str, Job] = {}
         self._events: list[Event] = []
         self._allowed = torch.zeros(pair.vocabulary_size, dtype=torch.bool, device=self.device)

@@ -1,25 +1,30 @@
 """Both models over the same rows: which of them runs which rows, and that they never drift apart.
 
-Knows the two runners and the slot map they share; nothing of sampling, text or requests beyond what a row needs.
+Knows the runners and the slot map they share; nothing of sampling, text or requests beyond what a row needs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 
+from lda_service.engine.lora import ALL
 from lda_service.engine.runner import ModelRunner, SlotMap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lda_service.engine.pages import PageTable
     from lda_service.engine.pair import Pair
     from lda_service.engine.scheduler import Job, PrefillChunk, Sequence
 
+AFTER, BEFORE = 0, 1
 
-class PairRunner:
-    """The two models of a pair with their caches, addressed by the same slots.
+
+def runner_for(pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -> PairRunner:
+    """What runs this pair.
 
     Args:
         pair: both models.
@@ -27,12 +32,21 @@ class PairRunner:
         max_rows: sequences decoded at once.
         context_tokens: positions of the longest sequence.
     """
+    kind = PairRunner if pair.adapted_rows is None else AdapterPairRunner
+    return kind(pair, num_slots, max_rows, context_tokens)
+
+
+class PairRunner:
+    """The two models of a pair with their caches, addressed by the same slots. For the arguments see `runner_for`."""
 
     def __init__(self, pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -> None:
         self.vocabulary = pair.vocabulary_size
         self.device = pair.after.device
-        self.runners = tuple(ModelRunner(model, num_slots, self.vocabulary) for model in (pair.after, pair.before))
+        self.runners = self._make_runners(pair, num_slots)
         self.slot_map = SlotMap(max_rows, context_tokens, self.device)
+
+    def _make_runners(self, pair: Pair, num_slots: int) -> tuple[ModelRunner, ...]:
+        return tuple(ModelRunner(model, num_slots, self.vocabulary) for model in (pair.after, pair.before))
 
     def assign(self, sequence: Sequence) -> None:
         """Point the sequence's row at the slots of its prompt and its own pages."""
@@ -47,21 +61,20 @@ class PairRunner:
             float32 logits of the chunk's last positions, shape (2, logits_to_keep, vocabulary): after, then before. A
             model that was not run stands in as equal to the other: alpha 0 and -1 do not look at it.
         """
-        needed = zip(self.runners, chunk.job.needs, strict=True)
-        ran = [runner.prefill(chunk, logits_to_keep) if needs else None for runner, needs in needed]
+        sides = [side for side in (AFTER, BEFORE) if chunk.job.needs[side]]
+        ran = [self._prefill(side, chunk, logits_to_keep) for side in sides]
         self._check_lock_step([chunk.job])
-        return torch.stack([logits for logits in (ran[0], ran[1]) if logits is not None]).expand(2, -1, -1)
+        return torch.stack(ran).expand(2, -1, -1)
 
     def decode(self, sequences: list[Sequence]) -> Tensor:
         """Run the last token of each sequence; float32 logits, shape (2, rows, vocabulary), as `prefill` says."""
         both = torch.empty(2, len(sequences), self.vocabulary, device=self.device)
-        for side, runner in enumerate(self.runners):
-            at = [i for i, sequence in enumerate(sequences) if sequence.needs[side]]
-            if at:
-                logits = runner.decode([sequences[i] for i in at], self.slot_map)
-                missing = [i for i, sequence in enumerate(sequences) if not sequence.needs[1 - side]]
-                both[side, at] = logits
-                both[1 - side, missing] = both[side, missing]
+        rows = [[i for i, sequence in enumerate(sequences) if sequence.needs[side]] for side in (AFTER, BEFORE)]
+        ran = self._decode(*([sequences[i] for i in at] for at in rows))
+        for side, logits in enumerate(ran):
+            missing = [i for i, sequence in enumerate(sequences) if not sequence.needs[1 - side]]
+            both[side, rows[side]] = logits
+            both[1 - side, missing] = both[side, missing]
         self._check_lock_step(sequences)
         return both
 
@@ -74,9 +87,94 @@ class PairRunner:
         """An idle pair remembers nobody."""
         assert not any(runner.cache.lengths for runner in self.runners), "an idle cache remembers lengths"
 
+    def _prefill(self, side: int, chunk: PrefillChunk, logits_to_keep: int) -> Tensor:
+        return self.runners[side].prefill(chunk, logits_to_keep)
+
+    def _decode(self, after: list[Sequence], before: list[Sequence]) -> tuple[Tensor, Tensor]:
+        """Logits of the rows that need each model."""
+        ran = [
+            runner.decode(rows, self.slot_map) if rows else torch.empty(0, self.vocabulary, device=self.device)
+            for runner, rows in zip(self.runners, (after, before), strict=True)
+        ]
+        return ran[AFTER], ran[BEFORE]
+
+    def _length(self, side: int, owner: Sequence | Job) -> int:
+        """Positions of the owner that stand in a model's cache."""
+        return self.runners[side].cache.lengths[owner]
+
     def _check_lock_step(self, owners: list[Sequence] | list[Job]) -> None:
         """Both caches stand at the same position for every row that needs both models."""
-        after, before = (runner.cache.lengths for runner in self.runners)
         for owner in owners:
             if owner.needs == (True, True):
-                assert after[owner] == before[owner], "the two models stand at different positions"
+                assert self._length(AFTER, owner) == self._length(BEFORE, owner), (
+                    "the two models stand at different positions"
+                )
+
+
+class AdapterPairRunner(PairRunner):
+    """A base model and the same model with a LoRA adapter, as one set of weights.
+
+    A step is one pass: the after rows with the adapter, then the before rows without, so the weights are read once.
+    One cache of twice the slots holds both halves. Each job and sequence has a twin that stands for it in the before
+    model: its pages lie in the second half, its row behind all after rows. A chunk of a prompt is two passes: it is
+    bound by arithmetic, so one pass over twice the tokens would gain nothing.
+    """
+
+    def __init__(self, pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -> None:
+        super().__init__(pair, num_slots, 2 * max_rows, context_tokens)
+        assert pair.adapted_rows is not None
+        self.adapted_rows = pair.adapted_rows
+        self._num_slots = num_slots
+        self._max_rows = max_rows
+        self._twins: dict[Sequence | Job, Sequence | Job] = {}
+
+    def _make_runners(self, pair: Pair, num_slots: int) -> tuple[ModelRunner, ...]:
+        return (ModelRunner(pair.after, 2 * num_slots, self.vocabulary),)
+
+    def assign(self, sequence: Sequence) -> None:
+        """Point the sequence's row, and its twin's, at the slots of its prompt and its own pages."""
+        super().assign(sequence)
+        job = self._twin_job(sequence.job)
+        row, table = sequence.row + self._max_rows, self._shifted(sequence.table)
+        twin = dataclasses.replace(sequence, job=job, row=row, table=table)  # the list of tokens stays one and the same
+        self._twins[sequence] = twin
+        super().assign(twin)
+
+    def forget(self, owner: Sequence | Job) -> None:
+        """The owner's slots were given back."""
+        super().forget(owner)
+        twin = self._twins.pop(owner, None)
+        if twin is not None:
+            super().forget(twin)
+
+    def check_idle(self) -> None:
+        """An idle pair remembers nobody."""
+        super().check_idle()
+        assert not self._twins, "an idle pair remembers twins"
+
+    def _twin_job(self, job: Job) -> Job:
+        """The job's twin, with the job's present pages."""
+        twin = self._twins.setdefault(job, dataclasses.replace(job))
+        twin.table = self._shifted(job.table)
+        return twin  # type: ignore[return-value]
+
+    def _shifted(self, table: PageTable | None) -> PageTable:
+        """The same positions in the cache's second half."""
+        assert table is not None
+        shift = self._num_slots // table.page_tokens
+        return dataclasses.replace(table, pages=tuple(page + shift for page in table.pages))
+
+    def _prefill(self, side: int, chunk: PrefillChunk, logits_to_keep: int) -> Tensor:
+        self.adapted_rows.count = ALL if side == AFTER else 0
+        if side == BEFORE:
+            chunk = dataclasses.replace(chunk, job=self._twin_job(chunk.job))
+        return self.runners[0].prefill(chunk, logits_to_keep)
+
+    def _decode(self, after: list[Sequence], before: list[Sequence]) -> tuple[Tensor, Tensor]:
+        self.adapted_rows.count = len(after)
+        twins: list[Sequence] = [self._twins[sequence] for sequence in before]  # type: ignore[misc]
+        logits = self.runners[0].decode(after + twins, self.slot_map)
+        return logits[: len(after)], logits[len(after) :]
+
+    def _length(self, side: int, owner: Sequence | Job) -> int:
+        return self.runners[0].cache.lengths[owner if side == AFTER else self._twins[owner]]

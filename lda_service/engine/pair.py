@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lda_service import vocabulary
-from lda_service.engine import attention
+from lda_service.engine import adapter, attention
 from lda_service.engine.detokenizer import TokenPieces
+from lda_service.engine.lora import wrap
 from lda_service.engine.runner import Float32Head
 from lda_service.engine.selfcheck import decodes_rightly
-from lda_service.engine.sharing import share_equal_tensors
+from lda_service.engine.sharing import share_equal_tensors, stored_bytes
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
 from lda_service.pairs import demo
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lda_service.config import PairConfig
+    from lda_service.engine.lora import AdaptedRows
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 4096
@@ -48,7 +50,10 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two loaded models, the ids both may generate, and the ids that end a sequence in either."""
+    """Two loaded models, the ids both may generate, and the ids that end a sequence in either.
+
+    If `adapted_rows` is set, `after` is `before`: one model with an adapter that acts on the rows it is told to.
+    """
 
     after: PreTrainedModel
     before: PreTrainedModel
@@ -57,6 +62,7 @@ class Pair:
     shared_ids: tuple[int, ...]
     stop_ids: frozenset[int]
     info: PairInfo
+    adapted_rows: AdaptedRows | None = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -71,9 +77,14 @@ def load_pair(config: PairConfig) -> Pair:
         StartupError: a model is missing, unreadable or unsupported, or the pair cannot be amplified.
     """
     device = choose_device(config.device)
-    after = load_model(config.model_after_id, config.dtype, device)
     before = load_model(config.model_before_id, config.dtype, device)
-    logger.info("shared_weight_bytes=%d", share_equal_tensors(after.model, before.model))
+    adapter_config = adapter.find_config(config.model_after_id)
+    adapted_rows = None
+    if adapter_config is not None:
+        after, adapted_rows = _load_adapted(adapter.read_adapter(config.model_after_id, adapter_config), config, before)
+    else:
+        after = load_model(config.model_after_id, config.dtype, device)
+        logger.info("shared_weight_bytes=%d", share_equal_tensors(after.model, before.model))
     sides = [vocabulary.Side(m.tokenizer, m.info.vocab_size, m.eos_ids) for m in (after, before)]
     report = vocabulary.compare(*sides)
     shared = tuple(vocabulary.shared_ids(*sides))
@@ -91,7 +102,7 @@ def load_pair(config: PairConfig) -> Pair:
     )
     pieces = TokenPieces.from_tokenizer(after.tokenizer)
     stop_ids = frozenset(after.eos_ids + before.eos_ids) & frozenset(shared)
-    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info)
+    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info, adapted_rows)
 
 
 def choose_device(name: str) -> torch.device:
@@ -139,11 +150,44 @@ def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
     return LoadedModel(model, tokenizer, info, eos_ids(model, tokenizer))
 
 
+def _load_adapted(lora: adapter.Adapter, config: PairConfig, base: LoadedModel) -> tuple[LoadedModel, AdaptedRows]:
+    """Put the adapter beside the base model's weights; the result shares the base's model object."""
+    adapter.require_base(lora, config.model_before_id)
+    shared_bytes = stored_bytes(base.model)
+    head = next(path for path, module in base.model.named_modules() if module is output_layer(base.model))
+    try:
+        if head in lora.weights:
+            raise LookupError("it changes the output layer, which both models share")
+        rows = wrap(base.model, lora.weights)
+    except LookupError as error:
+        raise ModelUnsupported(
+            f"Adapter {lora.model_id!r} cannot be applied beside {lora.base_id!r}: {error}. Merge it first (PEFT's "
+            "merge_and_unload) and give the folder of the merged model as MODEL_AFTER_ID."
+        ) from error
+    tokenizer = base.tokenizer
+    if adapter.brings_tokenizer(lora.model_id):
+        tokenizer = AutoTokenizer.from_pretrained(lora.model_id, trust_remote_code=False)
+    logger.info("shared_weight_bytes=%d", shared_bytes)
+    _require_right_decoding(lora.model_id, base.model, base.info.vocab_size)
+    info = replace(
+        base.info,
+        model_id=public_name(lora.model_id),
+        revision=lora.revision,
+        parameter_count=base.model.num_parameters(),
+    )
+    return LoadedModel(base.model, tokenizer, info, eos_ids(base.model, tokenizer)), rows
+
+
 def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable | ModelUnsupported:
     """Turn what transformers raised into the error a person can act on."""
     folder = Path(model_id)
     if isinstance(error, (ValueError, KeyError)) and "architecture" in str(error).lower():
         return ModelUnsupported(f"Model {model_id!r} has an architecture that transformers does not know.")
+    if adapter.find_config(model_id) is not None:
+        return ModelUnsupported(
+            f"Model {model_id!r} is an adapter; only MODEL_AFTER_ID may be one. Merge it first (PEFT's "
+            "merge_and_unload) and give the folder of the merged model."
+        )
     if folder.is_dir():
         found = {path.name for path in folder.iterdir()}
         if "config.json" not in found:

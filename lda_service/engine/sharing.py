@@ -6,7 +6,7 @@ adapter). Knows modules and their tensors; nothing of pairs, names of models or 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,13 +65,13 @@ def _plain_equal(one: Tensor, other: Tensor) -> bool:
     if one.ndim == 0 or one.numel() <= CHUNK_ELEMENTS:
         return torch.equal(one, other)
     rows = max(1, CHUNK_ELEMENTS * len(one) // one.numel())
-    return all(torch.equal(*pair) for pair in zip(one.split(rows), other.split(rows), strict=True))
+    return all(torch.equal(*pair) for pair in zip(torch.split(one, rows), torch.split(other, rows), strict=True))
 
 
-def _holders(module: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None]]]:
+def _holders(module: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every dictionary of parameters or buffers in the module, with the path of its owner."""
     for path, child in module.named_modules():
-        yield path, child._parameters  # type: ignore[misc]
+        yield path, child._parameters
         yield path, child._buffers
 
 
