@@ -34,6 +34,7 @@ LORA = {
     ),
     "gpt_neox": dict(r=2, lora_alpha=2, target_modules=["query_key_value", "dense_h_to_4h"], layers_to_transform=[1]),
     "gpt2": dict(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+    "bloom": dict(r=4, lora_alpha=8, target_modules=["query_key_value"]),  # without the seam: two passes a step
 }
 
 

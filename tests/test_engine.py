@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_oracle import request
-from tiny_models import SIZES, SPECIAL, byte_tokenizer, save_model
+from tiny_models import SPECIAL, byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
 from lda_service import LDAModelPair
@@ -34,7 +34,6 @@ from lda_service.errors import (
     ContextExceeded,
     ModelNotFound,
     ModelUnreadable,
-    ModelUnsupported,
     PairIncompatible,
     PromptUnusable,
     QueueFull,
@@ -408,13 +407,6 @@ class TestBorder:
         byte_tokenizer().save_pretrained(tmp_path)
         with pytest.raises(ModelUnreadable, match="safetensors"):
             load_pair(PairConfig(str(tmp_path), good))
-
-    def test_models_with_more_state_than_keys_and_values(self, folders, tmp_path):
-        """LFM-2 offers the attention seam, but its convolutions keep state: decoding it would be plausible nonsense."""
-        layers = {"layer_types": ["conv", "full_attention"]}
-        save_model(tmp_path / "hybrid", "lfm2", **SIZES, **layers)
-        with pytest.raises(ModelUnsupported, match="keeps state that the engine does not know"):
-            load_pair(PairConfig(str(tmp_path / "hybrid"), str(folders / "before"), device="cpu"))
 
     @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
     def test_corrupt_files(self, folders, tmp_path, file):

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lda_service.engine.lora import ALL
+from lda_service.engine.fallback import Decoding, make_runner
+from lda_service.engine.lora import ALL, AdaptedRows
 from lda_service.engine.runner import ModelRunner, SlotMap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lda_service.engine.fallback import Runner
     from lda_service.engine.pages import PageTable
     from lda_service.engine.pair import Pair
     from lda_service.engine.scheduler import Job, PrefillChunk, Sequence
@@ -32,7 +34,8 @@ def runner_for(pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -
         max_rows: sequences decoded at once.
         context_tokens: positions of the longest sequence.
     """
-    kind = PairRunner if pair.adapted_rows is None else AdapterPairRunner
+    one_pass = pair.adapted_rows is not None and pair.decoding[AFTER] is Decoding.NATIVE
+    kind = AdapterPairRunner if one_pass else PairRunner
     return kind(pair, num_slots, max_rows, context_tokens)
 
 
@@ -42,11 +45,13 @@ class PairRunner:
     def __init__(self, pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -> None:
         self.vocabulary = pair.vocabulary_size
         self.device = pair.after.device
+        self.adapted_rows = pair.adapted_rows or AdaptedRows()
         self.runners = self._make_runners(pair, num_slots)
         self.slot_map = SlotMap(max_rows, context_tokens, self.device)
 
-    def _make_runners(self, pair: Pair, num_slots: int) -> tuple[ModelRunner, ...]:
-        return tuple(ModelRunner(model, num_slots, self.vocabulary) for model in (pair.after, pair.before))
+    def _make_runners(self, pair: Pair, num_slots: int) -> tuple[Runner, ...]:
+        models = zip((pair.after, pair.before), pair.decoding, strict=True)
+        return tuple(make_runner(model, how, num_slots, self.vocabulary) for model, how in models)
 
     def assign(self, sequence: Sequence) -> None:
         """Point the sequence's row at the slots of its prompt and its own pages."""
@@ -88,15 +93,21 @@ class PairRunner:
         assert not any(runner.cache.lengths for runner in self.runners), "an idle cache remembers lengths"
 
     def _prefill(self, side: int, chunk: PrefillChunk, logits_to_keep: int) -> Tensor:
+        self._turn_adapter(side)
         return self.runners[side].prefill(chunk, logits_to_keep)
 
-    def _decode(self, after: list[Sequence], before: list[Sequence]) -> tuple[Tensor, Tensor]:
+    def _decode(self, *rows: list[Sequence]) -> list[Tensor]:
         """Logits of the rows that need each model."""
-        ran = [
-            runner.decode(rows, self.slot_map) if rows else torch.empty(0, self.vocabulary, device=self.device)
-            for runner, rows in zip(self.runners, (after, before), strict=True)
-        ]
-        return ran[AFTER], ran[BEFORE]
+        ran = [torch.empty(0, self.vocabulary, device=self.device)] * 2
+        for side in (AFTER, BEFORE):
+            if rows[side]:
+                self._turn_adapter(side)
+                ran[side] = self.runners[side].decode(rows[side], self.slot_map)
+        return ran
+
+    def _turn_adapter(self, side: int) -> None:
+        """On for a whole pass of the after model, off for one of the before model; of no effect without an adapter."""
+        self.adapted_rows.count = ALL if side == AFTER else 0
 
     def _length(self, side: int, owner: Sequence | Job) -> int:
         """Positions of the owner that stand in a model's cache."""
@@ -122,13 +133,11 @@ class AdapterPairRunner(PairRunner):
 
     def __init__(self, pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -> None:
         super().__init__(pair, num_slots, 2 * max_rows, context_tokens)
-        assert pair.adapted_rows is not None
-        self.adapted_rows = pair.adapted_rows
         self._num_slots = num_slots
         self._max_rows = max_rows
         self._twins: dict[Sequence | Job, Sequence | Job] = {}
 
-    def _make_runners(self, pair: Pair, num_slots: int) -> tuple[ModelRunner, ...]:
+    def _make_runners(self, pair: Pair, num_slots: int) -> tuple[Runner, ...]:
         return (ModelRunner(pair.after, 2 * num_slots, self.vocabulary),)
 
     def assign(self, sequence: Sequence) -> None:
@@ -165,16 +174,17 @@ class AdapterPairRunner(PairRunner):
         return dataclasses.replace(table, pages=tuple(page + shift for page in table.pages))
 
     def _prefill(self, side: int, chunk: PrefillChunk, logits_to_keep: int) -> Tensor:
-        self.adapted_rows.count = ALL if side == AFTER else 0
+        self._turn_adapter(side)
         if side == BEFORE:
             chunk = dataclasses.replace(chunk, job=self._twin_job(chunk.job))
         return self.runners[0].prefill(chunk, logits_to_keep)
 
-    def _decode(self, after: list[Sequence], before: list[Sequence]) -> tuple[Tensor, Tensor]:
+    def _decode(self, *rows: list[Sequence]) -> list[Tensor]:
+        after, before = rows
         self.adapted_rows.count = len(after)
         twins: list[Sequence] = [self._twins[sequence] for sequence in before]  # type: ignore[misc]
         logits = self.runners[0].decode(after + twins, self.slot_map)
-        return logits[: len(after)], logits[len(after) :]
+        return [logits[: len(after)], logits[len(after) :]]
 
     def _length(self, side: int, owner: Sequence | Job) -> int:
         return self.runners[0].cache.lengths[owner if side == AFTER else self._twins[owner]]

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lda_service import vocabulary
-from lda_service.engine import adapter, attention
+from lda_service.engine import adapter
 from lda_service.engine.detokenizer import TokenPieces
+from lda_service.engine.fallback import Decoding
 from lda_service.engine.lora import wrap
 from lda_service.engine.runner import Float32Head
-from lda_service.engine.selfcheck import decodes_rightly
+from lda_service.engine.selfcheck import choose_decoding, decodes_rightly
 from lda_service.engine.sharing import share_equal_tensors, stored_bytes
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
@@ -46,6 +47,7 @@ class LoadedModel:
     tokenizer: Any
     info: ModelInfo
     eos_ids: tuple[int, ...]
+    decoding: Decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Pair:
     shared_ids: tuple[int, ...]
     stop_ids: frozenset[int]
     info: PairInfo
+    decoding: tuple[Decoding, Decoding] = (Decoding.NATIVE, Decoding.NATIVE)  # after, before
     adapted_rows: AdaptedRows | None = None
 
     @property
@@ -102,7 +105,8 @@ def load_pair(config: PairConfig) -> Pair:
     )
     pieces = TokenPieces.from_tokenizer(after.tokenizer)
     stop_ids = frozenset(after.eos_ids + before.eos_ids) & frozenset(shared)
-    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info, adapted_rows)
+    decoding = (after.decoding, before.decoding)
+    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info, decoding, adapted_rows)
 
 
 def choose_device(name: str) -> torch.device:
@@ -123,7 +127,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
-    """One model and its tokenizer, from a local folder or the hub, ready for `attention.NAME`.
+    """One model and its tokenizer, from a local folder or the hub, ready to be decoded.
 
     Raises:
         StartupError: see `load_pair`.
@@ -136,18 +140,16 @@ def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=attention.NAME,
         )
     except PermissionError as error:
         raise ModelUnreadable(f"Model {model_id!r} cannot be read: permission denied. Check its file modes.") from error
     except Exception as error:  # what a broken file makes the readers raise is theirs to choose
         raise _explain(model_id, error) from error
-    _require_seam(model_id, model)
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     info = describe(model_id, model, config)
     use_float32_head(model)
-    _require_right_decoding(model_id, model, info.vocab_size)
-    return LoadedModel(model, tokenizer, info, eos_ids(model, tokenizer))
+    decoding = _decoding(model_id, model, info.vocab_size)
+    return LoadedModel(model, tokenizer, info, eos_ids(model, tokenizer), decoding)
 
 
 def _load_adapted(lora: adapter.Adapter, config: PairConfig, base: LoadedModel) -> tuple[LoadedModel, AdaptedRows]:
@@ -168,14 +170,15 @@ def _load_adapted(lora: adapter.Adapter, config: PairConfig, base: LoadedModel) 
     if adapter.brings_tokenizer(lora.model_id):
         tokenizer = AutoTokenizer.from_pretrained(lora.model_id, trust_remote_code=False)
     logger.info("shared_weight_bytes=%d", shared_bytes)
-    _require_right_decoding(lora.model_id, base.model, base.info.vocab_size)
+    if not decodes_rightly(base.model, base.info.vocab_size, base.decoding):
+        raise ModelUnsupported(f"Adapter {lora.model_id!r} is not decoded rightly; merge it first (merge_and_unload).")
     info = replace(
         base.info,
         model_id=public_name(lora.model_id),
         revision=lora.revision,
         parameter_count=base.model.num_parameters(),
     )
-    return LoadedModel(base.model, tokenizer, info, eos_ids(base.model, tokenizer)), rows
+    return LoadedModel(base.model, tokenizer, info, eos_ids(base.model, tokenizer), base.decoding), rows
 
 
 def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable | ModelUnsupported:
@@ -203,36 +206,32 @@ def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable
     )
 
 
-def _require_seam(model_id: str, model: PreTrainedModel) -> None:
-    if not getattr(model, "_supports_attention_backend", False) or output_layer(model) is None:
-        raise ModelUnsupported(
-            f"Model {model_id!r} ({type(model).__name__}) does not let attention be replaced "
-            "(transformers' AttentionInterface), which this engine needs; use another architecture."
-        )
+def _decoding(model_id: str, model: PreTrainedModel, vocabulary: int) -> Decoding:
+    """How the model is decoded, said aloud if it is slow.
 
-
-def _require_right_decoding(model_id: str, model: PreTrainedModel, vocabulary: int) -> None:
-    try:
-        right = decodes_rightly(model, vocabulary)
-    except Exception:
-        logger.exception("the self-check of %s failed", model_id)
-        right = False
-    if not right:
+    Raises:
+        ModelUnsupported: no way of decoding it agrees with one plain pass.
+    """
+    decoding = choose_decoding(model, vocabulary)
+    if decoding is None:
         raise ModelUnsupported(
-            f"Model {model_id!r} ({type(model).__name__}) gives other logits through this engine's KV cache than in "
-            "one plain pass: it keeps state that the engine does not know; use another architecture."
+            f"Model {model_id!r} ({type(model).__name__}) gives other logits when it is decoded step by step than in "
+            "one plain pass; use another architecture."
         )
+    if decoding is not Decoding.NATIVE:
+        logger.warning("%s is decoded slowly: %s", model_id, decoding.value)
+    return decoding
 
 
 def output_layer(model: PreTrainedModel) -> Any:
-    """The module that turns hidden states into logits."""
+    """The module that turns hidden states into logits; None if the model does not say."""
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 
 def use_float32_head(model: PreTrainedModel) -> None:
     """Make logits leave the output layer in float32. A float32 head is left as it is."""
     head = output_layer(model)
-    if head.weight.dtype != torch.float32:
+    if head is not None and head.weight.dtype != torch.float32:
         model.set_output_embeddings(Float32Head(head))  # type: ignore[no-untyped-call]
 
 
@@ -250,7 +249,7 @@ def describe(model_id: str, model: PreTrainedModel, config: Any) -> ModelInfo:
         model_id=public_name(model_id),
         revision=revision(model_id, config),
         dtype=str(model.dtype).removeprefix("torch."),
-        vocab_size=output_layer(model).weight.shape[0],
+        vocab_size=text_config.vocab_size if output_layer(model) is None else output_layer(model).weight.shape[0],
         architecture=type(model).__name__,
         parameter_count=model.num_parameters(),
         context_tokens=context_tokens(text_config),

@@ -36,6 +36,13 @@ class Float32Head(nn.Module):
         return linear(hidden.float(), self.weight, self.bias)
 
 
+def fit(logits: Tensor, vocabulary: int) -> Tensor:
+    """The logits in float32, their last dimension cut or padded (-inf) to the pair's vocabulary."""
+    logits = logits.float()[..., :vocabulary]
+    missing = vocabulary - logits.shape[-1]
+    return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
+
+
 class SlotMap:
     """Slots of every running sequence's positions, by row: int64, shape (rows, context). Shared by both models."""
 
@@ -88,6 +95,4 @@ class ModelRunner:
         output = self.model(
             input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logits_to_keep, kv=view
         )
-        logits: Tensor = output.logits[:, -logits_to_keep:].float()[..., : self.vocabulary]
-        missing = self.vocabulary - logits.shape[-1]
-        return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
+        return fit(output.logits[:, -logits_to_keep:], self.vocabulary)
