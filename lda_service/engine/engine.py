@@ -225,7 +225,7 @@ class Engine:
             TextStream(self.pair.pieces, request.stopping.stop_strings),
             _zeros(len(request.output.score_alphas)),
         )
-        return Sequence(job, branch, index, longest, needs, state=state)
+        return Sequence(job, branch, index, longest, needs, _compares(request), state=state)
 
     def _score_job(self, request: ScoreRequest) -> Job:
         self._check_ids(request.prompt_ids, "prompt")
@@ -530,6 +530,12 @@ def _stopping(sequence: Sequence) -> Stopping:
 
 def _wants_diagnostics(request: GenerationRequest) -> bool:
     return request.output.diagnostics or request.output.top_candidates > 0
+
+
+def _compares(request: GenerationRequest) -> bool:
+    """Whether anything but the combination of the two models' logits is looked at."""
+    evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
+    return evidence or request.sampling.plausibility > 0
 
 
 def _needs(request: GenerationRequest, branch: Branch) -> tuple[bool, bool]:

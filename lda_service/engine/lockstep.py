@@ -12,7 +12,7 @@ import torch
 
 from lda_service.engine.fallback import Decoding, make_runner
 from lda_service.engine.lora import ALL, AdaptedRows
-from lda_service.engine.runner import ModelRunner, SlotMap
+from lda_service.engine.runner import ModelRunner, SlotMap, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ class PairRunner:
 
     def __init__(self, pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -> None:
         self.vocabulary = pair.vocabulary_size
+        self.head = pair.head
         self.device = pair.after.device
         self.adapted_rows = pair.adapted_rows or AdaptedRows()
         self.runners = self._make_runners(pair, num_slots)
@@ -72,15 +73,40 @@ class PairRunner:
         return torch.stack(ran).expand(2, -1, -1)
 
     def decode(self, sequences: list[Sequence]) -> Tensor:
-        """Run the last token of each sequence; float32 logits, shape (2, rows, vocabulary), as `prefill` says."""
-        both = torch.empty(2, len(sequences), self.vocabulary, device=self.device)
+        """Run the last token of each sequence.
+
+        Returns:
+            float32 logits, shape (2, rows, vocabulary), as `prefill` says. Where the models have one output layer, a
+            row that nobody compares gets its combined logits as both.
+        """
         rows = [[i for i, sequence in enumerate(sequences) if sequence.needs[side]] for side in (AFTER, BEFORE)]
         ran = self._decode(*([sequences[i] for i in at] for at in rows))
-        for side, logits in enumerate(ran):
+        both = ran[AFTER].new_empty(2, len(sequences), ran[AFTER].shape[-1])
+        for side, values in enumerate(ran):
             missing = [i for i, sequence in enumerate(sequences) if not sequence.needs[1 - side]]
-            both[side, rows[side]] = logits
+            both[side, rows[side]] = values
             both[1 - side, missing] = both[side, missing]
         self._check_lock_step(sequences)
+        return both if self.head is None else self._one_head(both.float(), sequences)
+
+    def _one_head(self, hidden: Tensor, sequences: list[Sequence]) -> Tensor:
+        """Logits of hidden states, shape (2, rows, hidden), by one product with the output layer that both models have.
+
+        The layer is linear, so a row of which only the combination is looked at needs it for the combined state alone:
+        its logits stand in for both models', which combine to themselves at any alpha.
+        """
+        after, before = hidden
+        alpha = torch.tensor([[sequence.branch.alpha] for sequence in sequences], device=self.device)
+        combined = torch.where(alpha == -1, before, after + alpha * (after - before))
+        compared = [i for i, sequence in enumerate(sequences) if sequence.compared]
+        combined[compared] = after[compared]
+        assert self.head is not None
+        logits = fit(self.head(torch.cat([combined, before[compared]])), self.vocabulary)
+        rows = len(sequences)
+        if not compared:
+            return logits.expand(2, -1, -1)
+        both = logits[:rows].repeat(2, 1, 1)
+        both[BEFORE, compared] = logits[rows:]
         return both
 
     def forget(self, owner: Sequence | Job) -> None:
@@ -97,13 +123,21 @@ class PairRunner:
         return self.runners[side].prefill(chunk, logits_to_keep)
 
     def _decode(self, *rows: list[Sequence]) -> list[Tensor]:
-        """Logits of the rows that need each model."""
-        ran = [torch.empty(0, self.vocabulary, device=self.device)] * 2
+        """For each model what comes of the rows that need it, shape (rows, width): see `_step`."""
+        ran: list[Tensor | None] = [None, None]
         for side in (AFTER, BEFORE):
             if rows[side]:
                 self._turn_adapter(side)
-                ran[side] = self.runners[side].decode(rows[side], self.slot_map)
-        return ran
+                ran[side] = self._step(self.runners[side], rows[side])
+        some = next(values for values in ran if values is not None)
+        return [some[:0] if values is None else values for values in ran]
+
+    def _step(self, runner: Runner, rows: list[Sequence]) -> Tensor:
+        """Logits; hidden states if the output layer is applied to both models' together."""
+        if self.head is None:
+            return runner.decode(rows, self.slot_map)
+        assert isinstance(runner, ModelRunner)
+        return runner.decode_hidden(rows, self.slot_map)
 
     def _turn_adapter(self, side: int) -> None:
         """On for a whole pass of the after model, off for one of the before model; of no effect without an adapter."""
@@ -183,8 +217,8 @@ class AdapterPairRunner(PairRunner):
         after, before = rows
         self.adapted_rows.count = len(after)
         twins: list[Sequence] = [self._twins[sequence] for sequence in before]  # type: ignore[misc]
-        logits = self.runners[0].decode(after + twins, self.slot_map)
-        return [logits[: len(after)], logits[len(after) :]]
+        values = self._step(self.runners[0], after + twins)
+        return [values[: len(after)], values[len(after) :]]
 
     def _length(self, side: int, owner: Sequence | Job) -> int:
         return self.runners[0].cache.lengths[owner if side == AFTER else self._twins[owner]]

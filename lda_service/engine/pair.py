@@ -21,7 +21,7 @@ from lda_service.engine.detokenizer import TokenPieces
 from lda_service.engine.fallback import Decoding
 from lda_service.engine.lora import wrap
 from lda_service.engine.runner import Float32Head
-from lda_service.engine.selfcheck import choose_decoding, decodes_rightly
+from lda_service.engine.selfcheck import choose_decoding, decodes_rightly, ends_in_its_head
 from lda_service.engine.sharing import share_equal_tensors, stored_bytes
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
@@ -54,7 +54,8 @@ class LoadedModel:
 class Pair:
     """Two loaded models, the ids both may generate, and the ids that end a sequence in either.
 
-    If `adapted_rows` is set, `after` is `before`: one model with an adapter that acts on the rows it is told to.
+    If `adapted_rows` is set, `after` is `before`: one model with an adapter that acts on the rows it is told to. If
+    `head` is set, it is the output layer of both, and logits are its product with hidden states and nothing else.
     """
 
     after: PreTrainedModel
@@ -66,6 +67,7 @@ class Pair:
     info: PairInfo
     decoding: tuple[Decoding, Decoding] = (Decoding.NATIVE, Decoding.NATIVE)  # after, before
     adapted_rows: AdaptedRows | None = None
+    head: Any = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -106,7 +108,10 @@ def load_pair(config: PairConfig) -> Pair:
     pieces = TokenPieces.from_tokenizer(after.tokenizer)
     stop_ids = frozenset(after.eos_ids + before.eos_ids) & frozenset(shared)
     decoding = (after.decoding, before.decoding)
-    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info, decoding, adapted_rows)
+    head = _common_head(after, before)
+    return Pair(
+        after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info, decoding, adapted_rows, head
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -226,6 +231,19 @@ def _decoding(model_id: str, model: PreTrainedModel, vocabulary: int) -> Decodin
 def output_layer(model: PreTrainedModel) -> Any:
     """The module that turns hidden states into logits; None if the model does not say."""
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+def _common_head(after: LoadedModel, before: LoadedModel) -> Any:
+    """The output layer, if both models have the same one and it is the last thing that happens to their logits."""
+    sides = (after, before)
+    if any(side.decoding is not Decoding.NATIVE for side in sides):
+        return None
+    one, other = (output_layer(side.model) for side in sides)
+    equal = one.weight is other.weight and getattr(one, "bias", None) is getattr(other, "bias", None)
+    if not equal or not all(ends_in_its_head(side.model, side.info.vocab_size) for side in sides):
+        return None
+    logger.info("the models have one output layer: one product for both")
+    return one
 
 
 def use_float32_head(model: PreTrainedModel) -> None:

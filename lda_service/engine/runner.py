@@ -5,7 +5,7 @@ Logits leave the output layer in float32: at alpha 20 the rounding of two bf16 o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,25 +74,29 @@ class ModelRunner:
         positions = torch.arange(chunk.start, chunk.stop, device=self.device)[None]
         ids = torch.tensor(chunk.job.prompt_ids[chunk.start : chunk.stop], device=self.device)[None]
         view = CacheView(self.cache, slots[chunk.start :], slots[None], positions)
-        logits = self._forward(ids, positions, view, logits_to_keep)[0]
+        output = self.model(
+            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logits_to_keep, kv=view
+        )
         self.cache.advance(chunk.job, chunk.start, chunk.stop)
-        return logits
+        return fit(output.logits[0, -logits_to_keep:], self.vocabulary)
 
     def decode(self, sequences: Ordered[Sequence], slot_map: SlotMap) -> Tensor:
         """Run the last token of each sequence; float32 logits, shape (sequences, vocabulary)."""
+        return fit(self._step(self.model, sequences, slot_map).logits[:, 0], self.vocabulary)
+
+    def decode_hidden(self, sequences: Ordered[Sequence], slot_map: SlotMap) -> Tensor:
+        """The same without the output layer: what goes into it, in the model's type, shape (sequences, hidden)."""
+        hidden: Tensor = self._step(self.model.base_model, sequences, slot_map).last_hidden_state[:, 0]
+        return hidden
+
+    def _step(self, module: nn.Module, sequences: Ordered[Sequence], slot_map: SlotMap) -> Any:
+        """The module's output for the last token of each sequence."""
         rows = torch.tensor([sequence.row for sequence in sequences], device=self.device)
         positions = torch.tensor([[sequence.length - 1] for sequence in sequences], device=self.device)
         ids = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=self.device)
         context = slot_map.slots[rows, : max(sequence.length for sequence in sequences)]
         view = CacheView(self.cache, context.gather(1, positions)[:, 0], context, positions)
-        logits = self._forward(ids, positions, view, 1)[:, 0]
+        output = module(input_ids=ids, position_ids=positions, use_cache=False, kv=view)
         for sequence in sequences:
             self.cache.advance(sequence, sequence.length - 1, sequence.length)
-        return logits
-
-    def _forward(self, ids: Tensor, positions: Tensor, view: CacheView, logits_to_keep: int) -> Tensor:
-        """Float32 logits, shape (rows, logits_to_keep, vocabulary): cut or padded to the pair's vocabulary."""
-        output = self.model(
-            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logits_to_keep, kv=view
-        )
-        return fit(output.logits[:, -logits_to_keep:], self.vocabulary)
+        return output

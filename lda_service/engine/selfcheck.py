@@ -9,6 +9,7 @@ that agrees is taken. Knows one model; nothing of pairs or requests.
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,8 @@ from lda_service.engine.runner import SlotMap
 from lda_service.engine.scheduler import Job, PrefillChunk, Sequence
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -29,6 +32,7 @@ CHUNK_TOKENS = 5
 NEW_TOKENS = 4
 TOLERANCE = {torch.float32: 0.01}
 TOLERANCE_16_BITS = 0.3
+HEAD_TOLERANCE = 1e-3  # the two passes round alike, whatever the type
 
 
 def choose_decoding(model: PreTrainedModel, vocabulary: int) -> Decoding | None:
@@ -92,14 +96,39 @@ def _step_by_step(model: PreTrainedModel, ids: list[int], vocabulary: int, decod
     return torch.cat(rows)
 
 
+@torch.inference_mode()
+def ends_in_its_head(model: PreTrainedModel, vocabulary: int) -> bool:
+    """Whether the logits are the output layer's product with what the body gives, and nothing is done to them after.
+
+    Soft caps and scales make a model answer no. Asked of the model itself, as names of settings differ.
+    """
+    ids = torch.arange(PROMPT_TOKENS, device=model.device)[None] % vocabulary
+    with _plain_attention(model):
+        try:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            product = model.get_output_embeddings()(hidden)  # type: ignore[no-untyped-call]
+        except Exception:  # another shape of model
+            return False
+        logits = model(input_ids=ids, use_cache=False).logits
+    error = (product - logits).square().mean().sqrt() / logits.std()
+    return bool(error < HEAD_TOLERANCE)
+
+
 def _whole(model: PreTrainedModel, ids: list[int], vocabulary: int) -> Tensor:
     """Logits at the same positions from one pass of transformers' own attention, without a cache."""
+    with _plain_attention(model):
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    kept: Tensor = logits[0, PROMPT_TOKENS - 1 :, :vocabulary].float()
+    return kept
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention that needs no cache of ours."""
     in_force = model.config._attn_implementation
     if in_force == attention.NAME:
         model.set_attn_implementation("eager")
     try:
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+        yield
     finally:
         model.set_attn_implementation(in_force)
-    kept: Tensor = logits[0, PROMPT_TOKENS - 1 :, :vocabulary].float()
-    return kept
