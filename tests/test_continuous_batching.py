@@ -150,7 +150,7 @@ def test_the_property_can_fail(pair, monkeypatch):
     engine = Engine(pair, EngineConfig())
     runner = engine.models.runners[0]
     decode = runner.decode
-    monkeypatch.setattr(runner, "decode", lambda rows, slots: decode(rows, slots).roll(1, 0))
+    monkeypatch.setattr(runner, "decode", lambda rows, inputs, **options: decode(rows, inputs, **options).roll(1, 0))
     names = ("one", "two")
     requests = [
         make(

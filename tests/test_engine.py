@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_oracle import request
-from tiny_models import SIZES, SPECIAL, byte_tokenizer, save_model
+from tiny_models import SPECIAL, byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
 from lda_service import LDAModelPair
@@ -36,7 +36,6 @@ from lda_service.errors import (
     ContextExceeded,
     ModelNotFound,
     ModelUnreadable,
-    ModelUnsupported,
     PairIncompatible,
     PromptUnusable,
     QueueFull,
@@ -145,9 +144,9 @@ def test_one_prompt_is_prefilled_once_and_each_model_runs_only_the_rows_that_nee
             work[side][0] += chunk.stop - chunk.start
             return prefill(chunk, inputs, keep)
 
-        def counted_decode(rows, slots, side=side, decode=decode):
+        def counted_decode(rows, inputs, side=side, decode=decode, **options):
             work[side][1] += len(rows)
-            return decode(rows, slots)
+            return decode(rows, inputs, **options)
 
         monkeypatch.setattr(runner, "prefill", counted_prefill)
         monkeypatch.setattr(runner, "decode", counted_decode)
@@ -412,13 +411,6 @@ class TestBorder:
         byte_tokenizer().save_pretrained(tmp_path)
         with pytest.raises(ModelUnreadable, match="safetensors"):
             load_pair(PairConfig(str(tmp_path), good))
-
-    def test_models_with_more_state_than_keys_and_values(self, folders, tmp_path):
-        """LFM-2 offers the attention seam, but its convolutions keep state: decoding it would be plausible nonsense."""
-        layers = {"layer_types": ["conv", "full_attention"]}
-        save_model(tmp_path / "hybrid", "lfm2", **SIZES, **layers)
-        with pytest.raises(ModelUnsupported, match="keeps state that the engine does not know"):
-            load_pair(PairConfig(str(tmp_path / "hybrid"), str(folders / "before"), device="cpu"))
 
     @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
     def test_corrupt_files(self, folders, tmp_path, file):

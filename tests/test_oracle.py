@@ -32,7 +32,8 @@ class SharedIdsOnly:
 class Oracle:
     """Greedy continuations by transformers alone, in float32, one prompt at a time. `rows` cuts unlike widths."""
 
-    def __init__(self, after_dir, before_dir, shared, rows=None):
+    def __init__(self, after_dir, before_dir, shared, rows=None, use_cache=True):
+        self.use_cache = use_cache
         self.after, self.before = (
             AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (after_dir, before_dir)
         )
@@ -45,11 +46,14 @@ class Oracle:
     def __call__(self, prompt, alpha):
         """New token ids."""
         ids = torch.tensor([prompt])
-        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(1 + alpha, self.before, unconditional_ids=ids)
+        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            1 + alpha, self.before, unconditional_ids=ids, use_cache=self.use_cache
+        )
         out = self.after.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
+            use_cache=self.use_cache,
             max_new_tokens=NEW_TOKENS,
             eos_token_id=None,
             logits_processor=LogitsProcessorList([guidance, SharedIdsOnly(self.shared)]),

@@ -45,13 +45,13 @@ class Watched(Engine):
         super().__init__(pair, EngineConfig(**{"page_tokens": 4, "prefill_chunk_tokens": 8, **limits}), Clock())
         self.passes, self.positions = [0, 0], [0, 0]
         for side, runner in enumerate(self.models.runners):
-            runner._forward = self._counted(side, runner._forward)
+            runner._pass = self._counted(side, runner._pass)
 
-    def _counted(self, side, forward):
-        def counted(ids, *rest):
+    def _counted(self, side, run):
+        def counted(module, inputs, **options):
             self.passes[side] += 1
-            self.positions[side] += ids.numel()
-            return forward(ids, *rest)
+            self.positions[side] += inputs.ids.numel()
+            return run(module, inputs, **options)
 
         return counted
 
@@ -213,7 +213,7 @@ class TestKnownPrompts:
     def test_broken_logits_are_not_kept(self, pair):
         """A request that met NaN leaves nothing behind that the next one could reuse."""
         engine = Watched(pair)
-        weight = pair.before.model.layers[0].mlp.down_proj.weight
+        weight = pair.before.model.layers[0].mlp.down_proj.packed.data
         kept = weight.clone()
         weight.fill_(torch.nan)
         engine.submit(generation("broken", n=2))
@@ -288,7 +288,7 @@ class TestPreemption:
         """When a running sequence fails its request, the preempted one is gone too, and the engine goes on."""
         engine, _ = self.preempted(pair, generation("r", n=3, new=40))
         decode = engine.models.decode
-        monkeypatch.setattr(engine.models, "decode", lambda sequences: decode(sequences) * torch.nan)
+        monkeypatch.setattr(engine.models, "decode", lambda sequences: [x * torch.nan for x in decode(sequences)])
         events = []
         while engine.has_work:
             events += engine.step()

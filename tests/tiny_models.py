@@ -30,6 +30,39 @@ ARCHITECTURES: dict[str, dict] = {
     "olmoe": dict(SIZES, num_experts=4, num_experts_per_tok=2),
     "mixtral": dict(SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
 }
+WITHOUT_SEAM: dict[str, dict] = {  # attention that cannot be replaced, or state besides keys and values
+    "lfm2": dict(SIZES, layer_types=["conv", "full_attention"]),
+    "mamba": dict(hidden_size=32, num_hidden_layers=2, state_size=4),
+    "recurrent_gemma": dict(
+        SIZES,
+        num_hidden_layers=3,
+        lru_width=32,
+        head_dim=8,
+        attention_window_size=8,
+        block_types=["recurrent", "recurrent", "attention"],
+    ),
+    "zamba2": dict(
+        SIZES,
+        layers_block_type=["mamba", "hybrid"],
+        mamba_d_state=8,
+        mamba_ngroups=2,
+        n_mamba_heads=4,
+        mamba_headdim=16,
+        chunk_size=4,
+        num_mem_blocks=1,
+    ),
+    "bamba": dict(
+        SIZES,
+        attn_layer_indices=[1],
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        mamba_chunk_size=4,
+    ),
+    "rwkv": dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=128),
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+}
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -63,7 +96,7 @@ def save_model(
     torch.manual_seed(seed)
     ids = dict(eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     settings = {
-        **ARCHITECTURES.get(architecture, {}),
+        **(ARCHITECTURES | WITHOUT_SEAM).get(architecture, {}),
         **ids,
         "vocab_size": vocab_size,
         "initializer_range": 0.2,

@@ -19,7 +19,7 @@ from torch import Tensor
 from lda_service.engine.amplify import amplify, score
 from lda_service.engine.detokenizer import TextStream
 from lda_service.engine.evidence import diagnose
-from lda_service.engine.lockstep import PairRunner
+from lda_service.engine.lockstep import runner_for
 from lda_service.engine.memory import default_cache_tokens
 from lda_service.engine.pages import PagePool
 from lda_service.engine.request import (
@@ -110,7 +110,7 @@ class Engine:
         )
         slots = (pool.num_pages + 1) * pool.page_tokens  # with a page that belongs to nobody
         rows = config.max_running_sequences
-        self.models = PairRunner(pair, slots, rows, self.context_tokens, invariant=config.deterministic)
+        self.models = runner_for(pair, slots, rows, self.context_tokens, invariant=config.deterministic)
         self._jobs: dict[str, Job] = {}
         self._events: list[Event] = []
         forbidden = torch.ones(pair.vocabulary_size, dtype=torch.bool, device=self.device)
@@ -120,7 +120,8 @@ class Engine:
         self._settings_of: list[Sequence] = []
         self._settings: RowSampling
 
-        if config.deterministic and not (pair.backend.invariant and decodes_alone_as_in_company(self)):
+        invariant = pair.backend.invariant and pair.adapted_rows is None
+        if config.deterministic and not (invariant and decodes_alone_as_in_company(self)):
             raise ConfigError(
                 "These models cannot be decoded deterministically here: on this device, a sequence's logits depend on "
                 "its company. Leave out --deterministic; on a CPU, the native kernels allow it."
@@ -243,7 +244,7 @@ class Engine:
             TextStream(self.pair.pieces, request.stopping.stop_strings),
             _zeros(len(request.output.score_alphas)),
         )
-        return Sequence(job, branch, index, longest, needs, state=state)
+        return Sequence(job, branch, index, longest, needs, _compares(request), state=state)
 
     def _score_job(self, request: ScoreRequest) -> Job:
         self._check_ids(request.prompt_ids, "prompt")
@@ -580,6 +581,12 @@ def _stopping(sequence: Sequence) -> Stopping:
 
 def _wants_diagnostics(request: GenerationRequest) -> bool:
     return request.output.diagnostics or request.output.top_candidates > 0
+
+
+def _compares(request: GenerationRequest) -> bool:
+    """Whether anything but the combination of the two models' logits is looked at."""
+    evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
+    return evidence or request.sampling.plausibility > 0
 
 
 def _needs(request: GenerationRequest, branch: Branch) -> tuple[bool, bool]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lda_service.engine.fallback import Decoding
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -18,9 +20,14 @@ MEMORY_SHARE = 0.4
 
 
 def default_cache_tokens(pair: Pair, config: EngineConfig) -> int:
-    """Every row's context up to `ROW_TOKENS`, as far as `MEMORY_SHARE` of the free memory goes."""
+    """Every row's context up to `ROW_TOKENS`, as far as `MEMORY_SHARE` of the free memory goes.
+
+    Models that run on transformers' own caches take none of these positions.
+    """
     wanted = config.max_running_sequences * min(pair.info.context_tokens, ROW_TOKENS)
-    per_token = sum(token_bytes(model, pair.backend.cache_dtype) for model in (pair.after, pair.before))
+    models = zip((pair.after, pair.before), pair.decoding, strict=True)
+    native = [token_bytes(model, pair.backend.cache_dtype) for model, how in models if how is Decoding.NATIVE]
+    per_token = max(1, sum(native))
     affordable = int(free_bytes(pair.after.device) * MEMORY_SHARE) // per_token
     return max(config.page_tokens, min(wanted, affordable))
 

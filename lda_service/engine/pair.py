@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lda_service import vocabulary
-from lda_service.engine import attention
+from lda_service.engine import adapter
 from lda_service.engine.detokenizer import TokenPieces
+from lda_service.engine.fallback import Decoding
+from lda_service.engine.lora import ALL, wrap
 from lda_service.engine.prepack import Backend, prepare
-from lda_service.engine.selfcheck import decodes_rightly, plain_logits
+from lda_service.engine.selfcheck import choose_decoding, ends_in_its_head, plain_logits
+from lda_service.engine.sharing import share_equal_tensors, stored_bytes
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
 from lda_service.pairs import demo
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lda_service.config import PairConfig
+    from lda_service.engine.lora import AdaptedRows
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 4096
@@ -49,7 +53,11 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two loaded models, the ids both may generate, and the ids that end a sequence in either."""
+    """Two loaded models, the ids both may generate, and the ids that end a sequence in either.
+
+    If `adapted_rows` is set, `after` is `before`: one model with an adapter that acts on the rows it is told to. If
+    `head` is set, it is the output layer of both, and logits are its product with hidden states and nothing else.
+    """
 
     after: PreTrainedModel
     before: PreTrainedModel
@@ -59,6 +67,9 @@ class Pair:
     stop_ids: frozenset[int]
     info: PairInfo
     backend: Backend
+    decoding: tuple[Decoding, Decoding] = (Decoding.NATIVE, Decoding.NATIVE)  # after, before
+    adapted_rows: AdaptedRows | None = None
+    head: Any = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -73,8 +84,14 @@ def load_pair(config: PairConfig) -> Pair:
         StartupError: a model is missing, unreadable or unsupported, or the pair cannot be amplified.
     """
     device = choose_device(config.device)
-    after = load_model(config.model_after_id, config.dtype, device)
     before = load_model(config.model_before_id, config.dtype, device)
+    adapter_config = adapter.find_config(config.model_after_id)
+    adapted_rows = None
+    if adapter_config is not None:
+        after, adapted_rows = _load_adapted(adapter.read_adapter(config.model_after_id, adapter_config), config, before)
+    else:
+        after = load_model(config.model_after_id, config.dtype, device)
+        logger.info("shared_weight_bytes=%d", share_equal_tensors(after.model, before.model))
     sides = [vocabulary.Side(m.tokenizer, m.info.vocab_size, m.eos_ids) for m in (after, before)]
     report = vocabulary.compare(*sides)
     shared = tuple(vocabulary.shared_ids(*sides))
@@ -90,13 +107,26 @@ def load_pair(config: PairConfig) -> Pair:
         has_chat_template=PromptRenderer(after.tokenizer).has_chat_template,
         compatibility=report,
     )
+    one_head = _have_one_head(after.model, before.model)
     backend = prepare((after.model, before.model), use_native=config.native)
     logger.info("decoding with %s", backend.summary)
-    for model in (after, before):
-        _require_right_decoding(model, backend)
     pieces = TokenPieces.from_tokenizer(after.tokenizer)
     stop_ids = frozenset(after.eos_ids + before.eos_ids) & frozenset(shared)
-    return Pair(after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info, backend)
+    decoding = (_decoding(after, backend, adapted_rows, ALL), _decoding(before, backend, adapted_rows, 0))
+    head = output_layer(after.model) if one_head and set(decoding) == {Decoding.NATIVE} else None
+    return Pair(
+        after=after.model,
+        before=before.model,
+        tokenizer=after.tokenizer,
+        pieces=pieces,
+        shared_ids=shared,
+        stop_ids=stop_ids,
+        info=info,
+        backend=backend,
+        decoding=decoding,
+        adapted_rows=adapted_rows,
+        head=head,
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,7 +147,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
-    """One model and its tokenizer, from a local folder or the hub, ready for `attention.NAME`.
+    """One model and its tokenizer, from a local folder or the hub, ready to be decoded.
 
     Raises:
         StartupError: see `load_pair`.
@@ -130,18 +160,43 @@ def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=attention.NAME,
         )
     except PermissionError as error:
         raise ModelUnreadable(f"Model {model_id!r} cannot be read: permission denied. Check its file modes.") from error
     except Exception as error:  # what a broken file makes the readers raise is theirs to choose
         raise _explain(model_id, error) from error
-    _require_seam(model_id, model)
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     info = describe(model_id, model, config)
-    return LoadedModel(
-        model, tokenizer, info, eos_ids(model, tokenizer), _plain_logits(model_id, model, info.vocab_size)
+    plain = _plain_logits(model_id, model, info.vocab_size)
+    return LoadedModel(model, tokenizer, info, eos_ids(model, tokenizer), plain)
+
+
+def _load_adapted(lora: adapter.Adapter, config: PairConfig, base: LoadedModel) -> tuple[LoadedModel, AdaptedRows]:
+    """Put the adapter beside the base model's weights; the result shares the base's model object."""
+    adapter.require_base(lora, config.model_before_id)
+    shared_bytes = stored_bytes(base.model)
+    head = next(path for path, module in base.model.named_modules() if module is output_layer(base.model))
+    try:
+        if head in lora.weights:
+            raise LookupError("it changes the output layer, which both models share")
+        rows = wrap(base.model, lora.weights)
+    except LookupError as error:
+        raise ModelUnsupported(
+            f"Adapter {lora.model_id!r} cannot be applied beside {lora.base_id!r}: {error}. Merge it first (PEFT's "
+            "merge_and_unload) and give the folder of the merged model as MODEL_AFTER_ID."
+        ) from error
+    tokenizer = base.tokenizer
+    if adapter.brings_tokenizer(lora.model_id):
+        tokenizer = AutoTokenizer.from_pretrained(lora.model_id, trust_remote_code=False)
+    logger.info("shared_weight_bytes=%d", shared_bytes)
+    info = replace(
+        base.info,
+        model_id=public_name(lora.model_id),
+        revision=lora.revision,
+        parameter_count=base.model.num_parameters(),
     )
+    plain = _plain_logits(lora.model_id, base.model, base.info.vocab_size)
+    return LoadedModel(base.model, tokenizer, info, eos_ids(base.model, tokenizer), plain), rows
 
 
 def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable | ModelUnsupported:
@@ -149,6 +204,11 @@ def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable
     folder = Path(model_id)
     if isinstance(error, (ValueError, KeyError)) and "architecture" in str(error).lower():
         return ModelUnsupported(f"Model {model_id!r} has an architecture that transformers does not know.")
+    if adapter.find_config(model_id) is not None:
+        return ModelUnsupported(
+            f"Model {model_id!r} is an adapter; only MODEL_AFTER_ID may be one. Merge it first (PEFT's "
+            "merge_and_unload) and give the folder of the merged model."
+        )
     if folder.is_dir():
         found = {path.name for path in folder.iterdir()}
         if "config.json" not in found:
@@ -164,14 +224,6 @@ def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable
     )
 
 
-def _require_seam(model_id: str, model: PreTrainedModel) -> None:
-    if not getattr(model, "_supports_attention_backend", False) or output_layer(model) is None:
-        raise ModelUnsupported(
-            f"Model {model_id!r} ({type(model).__name__}) does not let attention be replaced "
-            "(transformers' AttentionInterface), which this engine needs; use another architecture."
-        )
-
-
 def _plain_logits(model_id: str, model: PreTrainedModel, vocabulary: int) -> Tensor:
     try:
         return plain_logits(model, vocabulary)
@@ -182,22 +234,41 @@ def _plain_logits(model_id: str, model: PreTrainedModel, vocabulary: int) -> Ten
         ) from error
 
 
-def _require_right_decoding(loaded: LoadedModel, backend: Backend) -> None:
-    try:
-        right = decodes_rightly(loaded.model, backend, loaded.plain_logits)
-    except Exception:
-        logger.exception("the self-check of %s failed", loaded.info.model_id)
-        right = False
-    if not right:
+def _decoding(loaded: LoadedModel, backend: Backend, adapted_rows: AdaptedRows | None, count: int) -> Decoding:
+    """How the model is decoded, said aloud if it is slow. `count` of the rows are adapted while it is tried.
+
+    Raises:
+        ModelUnsupported: no way of decoding it agrees with one plain pass.
+    """
+    if adapted_rows is not None:
+        adapted_rows.count = count
+    model_id = loaded.info.model_id
+    decoding = choose_decoding(loaded.model, backend, loaded.plain_logits)
+    if decoding is None:
         raise ModelUnsupported(
-            f"Model {loaded.info.model_id!r} ({loaded.info.architecture}) gives other logits through this engine's KV "
-            "cache than in one plain pass: it keeps state that the engine does not know; use another architecture."
+            f"Model {model_id!r} ({loaded.info.architecture}) gives other logits when it is decoded step by step than "
+            "in one plain pass; use another architecture, or merge an adapter first (PEFT's merge_and_unload)."
         )
+    if decoding is not Decoding.NATIVE:
+        logger.warning("%s is decoded slowly: %s", model_id, decoding.value)
+    return decoding
 
 
 def output_layer(model: PreTrainedModel) -> Any:
-    """The module that turns hidden states into logits."""
+    """The module that turns hidden states into logits; None if the model does not say."""
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+def _have_one_head(*models: PreTrainedModel) -> bool:
+    """Whether both models have the same output layer, and it is the last thing that happens to their logits."""
+    one, other = (output_layer(model) for model in models)
+    if one is None or other is None:
+        return False
+    equal = one.weight is other.weight and getattr(one, "bias", None) is getattr(other, "bias", None)
+    if not equal or not all(ends_in_its_head(model) for model in models):
+        return False
+    logger.info("the models have one output layer: one product for both")
+    return True
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
@@ -214,7 +285,7 @@ def describe(model_id: str, model: PreTrainedModel, config: Any) -> ModelInfo:
         model_id=public_name(model_id),
         revision=revision(model_id, config),
         dtype=str(model.dtype).removeprefix("torch."),
-        vocab_size=output_layer(model).weight.shape[0],
+        vocab_size=text_config.vocab_size if output_layer(model) is None else output_layer(model).weight.shape[0],
         architecture=type(model).__name__,
         parameter_count=model.num_parameters(),
         context_tokens=context_tokens(text_config),

@@ -79,6 +79,11 @@ class NativeLinear(nn.Module):
         self.product = Product(weight, self.bias)
         self._linear = kernels.linear
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a matrix again, for modeling code that looks at it: a copy at every look."""
+        return self.packed.transpose(1, 2).flatten(0, 1)[: self.outputs]
+
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., outputs), float32."""
         return self._linear(x, self.product)
@@ -149,21 +154,17 @@ def prepare(models: Iterable[PreTrainedModel], *, use_native: bool = True) -> Ba
         models: on their device; changed in place. A weight that both hold is packed once.
         use_native: False: leave all modules but the output layers as they are.
     """
-    models = list(models)
+    models = list(dict.fromkeys(models))
     backend = _choose(models, use_native)
     packed: dict[int, PackedWeight] = {}
+    heads: dict[tuple[int, ...], nn.Module] = {}
     for model in models:
-        if backend.kernels is None:
-            _swap_head(model, lambda head: head if head.weight.dtype == torch.float32 else Float32Head(head))
-            continue
-        old: Any = _head(model)
-        head = NativeLinear(backend.kernels, _pack(backend.kernels, old.weight, packed), getattr(old, "bias", None))
-        _swap_head(model, lambda _, head=head: head)  # type: ignore[misc]
-        if backend.cache_dtype is not None or model.dtype != torch.bfloat16:
+        _swap_head(backend, model, packed, heads)
+        if backend.kernels is not None and backend.invariant:
             _swap(model, lambda module: _native(backend.kernels, module, packed))  # type: ignore[arg-type]
             _swap(model, lambda module: _native_mlp(backend.kernels, module))  # type: ignore[arg-type]
             _widen_rest(model)
-        else:
+        elif backend.kernels is not None:
             _swap(model, _one_dnn)
     return backend
 
@@ -234,13 +235,21 @@ def _swap(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None
             _swap(child, replacement)
 
 
-def _head(model: PreTrainedModel) -> nn.Module:
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return head
-
-
-def _swap_head(model: PreTrainedModel, replacement: Callable[[nn.Module], nn.Module]) -> None:
-    model.set_output_embeddings(replacement(_head(model)))  # type: ignore[no-untyped-call]
+def _swap_head(
+    backend: Backend, model: PreTrainedModel, packed: dict[int, PackedWeight], heads: dict[tuple[int, ...], nn.Module]
+) -> None:
+    """Make logits leave the output layer in float32. Models that have one output layer keep one."""
+    old: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if old is None or not _is_plain(old.weight):
+        return
+    bias: Tensor | None = getattr(old, "bias", None)
+    key = (old.weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    if key not in heads:
+        if backend.kernels is not None:
+            heads[key] = NativeLinear(backend.kernels, _pack(backend.kernels, old.weight, packed), bias)
+        else:
+            heads[key] = old if old.weight.dtype == torch.float32 else Float32Head(old)
+    model.set_output_embeddings(heads[key])  # type: ignore[no-untyped-call]
 
 
 def _pack(kernels: Kernels, weight: Tensor, packed: dict[int, PackedWeight]) -> PackedWeight:

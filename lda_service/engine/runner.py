@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,12 @@ class SlotMap:
             self.slots[row, table.start : stop] = slots.to(self.slots.device)
 
 
-def prefill_inputs(chunk: PrefillChunk, stored: int, device: torch.device) -> PassInputs:
-    """One row: the chunk's positions, behind what stands in the cache; those before `stored` stay as they are."""
-    slots = torch.tensor(chunk.slots(), device=device)[None]
+def prefill_inputs(chunk: PrefillChunk, stored: int, device: torch.device, offset: int = 0) -> PassInputs:
+    """One row: the chunk's positions, behind what stands in the cache; those before `stored` stay as they are.
+
+    `offset` is added to every slot.
+    """
+    slots = torch.tensor(chunk.slots(), device=device)[None] + offset
     positions = torch.arange(chunk.start, chunk.stop, device=device)[None]
     ids = torch.tensor(chunk.ids, device=device)[None]
     rows = torch.zeros(1, dtype=torch.int64, device=device)
@@ -43,25 +46,45 @@ def prefill_inputs(chunk: PrefillChunk, stored: int, device: torch.device) -> Pa
     return PassInputs(ids, positions, slots, rows, chunk.stop, groups, stored=stored, is_prefill=True)
 
 
-def decode_inputs(sequences: Ordered[Sequence], slot_map: SlotMap, *, invariant: bool = False) -> PassInputs:
-    """One query for each sequence, its last token. Sequences of one prompt must stand together."""
+def decode_inputs(
+    sequences: Ordered[Sequence], slot_map: SlotMap, *, invariant: bool = False, twins: Ordered[Sequence] = ()
+) -> PassInputs:
+    """One query for each sequence, its last token. Sequences of one prompt must stand together.
+
+    `twins` follow as further rows, whose slots stand in the second half of the slot map.
+    """
     device = slot_map.slots.device
-    lengths = [sequence.length for sequence in sequences]
-    positions = torch.tensor([[length - 1] for length in lengths], device=device)
-    ids = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=device)
-    rows = torch.tensor([sequence.row for sequence in sequences], device=device)
-    return PassInputs(ids, positions, slot_map.slots, rows, max(lengths), _groups(sequences), invariant=invariant)
+    rows = [sequence.row for sequence in sequences]
+    if twins:
+        rows += [sequence.row + len(slot_map.slots) // 2 for sequence in twins]
+    everyone = [*sequences, *twins]
+    return PassInputs(
+        torch.tensor([[sequence.tokens[-1]] for sequence in everyone], device=device),
+        torch.tensor([[sequence.length - 1] for sequence in everyone], device=device),
+        slot_map.slots,
+        torch.tensor(rows, device=device),
+        max(sequence.length for sequence in everyone),
+        (*_groups(sequences, 0), *_groups(twins, len(sequences))),
+        invariant=invariant,
+    )
 
 
-def _groups(sequences: Ordered[Sequence]) -> tuple[Group, ...]:
+def _groups(sequences: Ordered[Sequence], first_row: int) -> list[Group]:
     groups = []
     start = 0
     for i, sequence in enumerate(sequences):
         is_last = i + 1 == len(sequences)
         if is_last or sequences[i + 1].job.table.pages != sequence.job.table.pages:  # type: ignore[union-attr]
-            groups.append(Group(start, i + 1, len(sequence.job.prompt_ids)))
+            groups.append(Group(first_row + start, first_row + i + 1, len(sequence.job.prompt_ids)))
             start = i + 1
-    return tuple(groups)
+    return groups
+
+
+def fit(logits: Tensor, vocabulary: int) -> Tensor:
+    """The logits in float32, their last dimension cut or padded (-inf) to the pair's vocabulary."""
+    logits = logits.float()[..., :vocabulary]
+    missing = vocabulary - logits.shape[-1]
+    return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
 
 
 class ModelRunner:
@@ -91,26 +114,31 @@ class ModelRunner:
 
     def prefill(self, chunk: PrefillChunk, inputs: PassInputs, logits_to_keep: int) -> Tensor:
         """Run a chunk of new positions; float32 logits of its last ones, shape (logits_to_keep, vocabulary)."""
-        logits = self._forward(inputs, logits_to_keep)[0]
+        logits = self.logits(inputs, logits_to_keep)[0]
         self.cache.advance(chunk.owner, chunk.start, chunk.stop)
         return logits
 
-    def decode(self, sequences: Ordered[Sequence], inputs: PassInputs) -> Tensor:
-        """Run the last token of each sequence; float32 logits, shape (sequences, vocabulary)."""
-        logits = self._forward(inputs, 1)[:, 0]
+    def decode(self, sequences: Ordered[Sequence], inputs: PassInputs, *, hidden: bool = False) -> Tensor:
+        """Run the last token of each sequence.
+
+        Returns:
+            float32 logits, shape (sequences, vocabulary); if `hidden`, what goes into the output layer instead.
+        """
+        values = self.hidden(inputs) if hidden else self.logits(inputs, 1)[:, 0]
         for sequence in sequences:
             self.cache.advance(sequence, sequence.length - 1, sequence.length)
-        return logits
+        return values
 
-    def _forward(self, inputs: PassInputs, logits_to_keep: int) -> Tensor:
-        """Float32 logits, shape (rows, logits_to_keep, vocabulary): cut or padded to the pair's vocabulary."""
-        output = self.model(
-            input_ids=inputs.ids,
-            position_ids=inputs.positions,
-            use_cache=False,
-            logits_to_keep=logits_to_keep,
-            kv=CacheView(self.cache, inputs, self.kernels),
-        )
-        logits: Tensor = output.logits[:, -logits_to_keep:].float()[..., : self.vocabulary]
-        missing = self.vocabulary - logits.shape[-1]
-        return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
+    def logits(self, inputs: PassInputs, logits_to_keep: int) -> Tensor:
+        """One pass; float32 logits of the last positions, shape (rows, logits_to_keep, vocabulary)."""
+        output = self._pass(self.model, inputs, logits_to_keep=logits_to_keep)
+        return fit(output.logits[:, -logits_to_keep:], self.vocabulary)
+
+    def hidden(self, inputs: PassInputs) -> Tensor:
+        """One pass without the output layer; what goes into it at the last position, shape (rows, hidden)."""
+        states: Tensor = self._pass(self.model.base_model, inputs).last_hidden_state[:, -1]
+        return states
+
+    def _pass(self, module: nn.Module, inputs: PassInputs, **options: int) -> Any:
+        view = CacheView(self.cache, inputs, self.kernels)
+        return module(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, kv=view, **options)

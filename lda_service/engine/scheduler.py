@@ -36,6 +36,7 @@ class Sequence:
     index: int
     max_new_tokens: int
     needs: tuple[bool, bool] = (True, True)  # after, before
+    compared: bool = True  # whether anybody looks at the two models' logits, not only at their combination
     row: int = -1  # scheduler
     table: PageTable | None = None  # scheduler
     started: int = -1  # scheduler: how many had started before it, once it has; stays when it is preempted

@@ -1,21 +1,23 @@
-"""Does this engine decode this model rightly? Asked once for each model at load, answered by the model itself.
+"""Which way of decoding is right for this model? Asked once for each model at load, answered by the model itself.
 
 Some architectures offer the attention seam but keep more state than keys and values (convolutions, recurrences), or
 pass attention something that `attend` does not know. Decoding them through the cache would give plausible nonsense, so
-a few tokens are run both ways: in chunks and one by one through the cache, and whole through transformers' own
-attention and modules. Knows one model; nothing of pairs or requests.
+a few tokens are run both ways: in chunks and one by one as the engine would, and whole in one plain pass of the model
+as it was loaded. The first way that agrees is taken. Knows one model; nothing of pairs or requests.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from lda_service.engine import attention
+from lda_service.engine.fallback import Decoding, make_runner
 from lda_service.engine.pages import PagePool
 from lda_service.engine.request import Branch, GenerationRequest, Role, Sampling, SequenceDelta, Stopping
-from lda_service.engine.runner import ModelRunner, SlotMap, decode_inputs, prefill_inputs
+from lda_service.engine.runner import SlotMap, decode_inputs, prefill_inputs
 from lda_service.engine.scheduler import Job, PrefillChunk, Sequence
 
 if TYPE_CHECKING:
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
     from lda_service.engine.engine import Engine
     from lda_service.engine.prepack import Backend
 
+logger = logging.getLogger(__name__)
 PROMPT_TOKENS = 8
 CHUNK_TOKENS = 5
-COMPANY = 7
 NEW_TOKENS = 4
+COMPANY = 7
 TOLERANCE_32_BITS = 0.01
 TOLERANCE_16_BITS = 0.3
+HEAD_TOLERANCE = 1e-3  # the two passes round alike, whatever the type
 
 
 def sample_ids(vocabulary: int) -> list[int]:
@@ -41,48 +45,88 @@ def sample_ids(vocabulary: int) -> list[int]:
 
 @torch.inference_mode()
 def plain_logits(model: PreTrainedModel, vocabulary: int) -> Tensor:
-    """What the model says in one pass of transformers' own attention, without a cache, its modules as loaded.
+    """What the model says in one pass, without a cache, its modules and attention as loaded.
 
     Args:
-        model: on its device, with `attention.NAME` in force; left as it was.
+        model: on its device.
         vocabulary: rows of its output layer.
 
     Returns:
         float32, shape (positions, vocabulary).
     """
-    model.set_attn_implementation("eager")
-    try:
-        logits = model(input_ids=torch.tensor([sample_ids(vocabulary)], device=model.device), use_cache=False).logits
-    finally:
-        model.set_attn_implementation(attention.NAME)
+    logits = model(input_ids=torch.tensor([sample_ids(vocabulary)], device=model.device), use_cache=False).logits
     kept: Tensor = logits[0, PROMPT_TOKENS - 1 :, :vocabulary].float()
     return kept
 
 
 @torch.inference_mode()
-def decodes_rightly(model: PreTrainedModel, backend: Backend, plain: Tensor) -> bool:
-    """Whether logits through the cache equal those of one plain pass, up to rounding.
+def ends_in_its_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are the output layer's product with what the body gives, and nothing is done to them after.
+
+    Soft caps and scales make a model answer no. Asked of the model itself, as names of settings differ.
+    """
+    ids = torch.arange(PROMPT_TOKENS, device=model.device)[None]
+    try:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        product = model.get_output_embeddings()(hidden)  # type: ignore[no-untyped-call]
+    except Exception:  # another shape of model
+        return False
+    logits = model(input_ids=ids, use_cache=False).logits
+    error = (product - logits).float().square().mean().sqrt() / logits.float().std()
+    return bool(error < HEAD_TOLERANCE)
+
+
+def choose_decoding(model: PreTrainedModel, backend: Backend, plain: Tensor) -> Decoding | None:
+    """The fastest way that decodes the model rightly, with its attention implementation set for it; None if none does.
+
+    Args:
+        model: with the modules it will decode with.
+        backend: what it computes with.
+        plain: `plain_logits` of the model as it was loaded.
+    """
+    own_attention = model.config._attn_implementation
+    for decoding in Decoding:
+        if decoding is Decoding.NATIVE and not getattr(model, "_supports_attention_backend", False):
+            reason = "its attention cannot be replaced (transformers' AttentionInterface)"
+        else:
+            if decoding is Decoding.NATIVE:
+                model.set_attn_implementation(attention.NAME)
+            try:
+                if decodes_rightly(model, backend, plain, decoding):
+                    return decoding
+                reason = "its logits differ from those of one plain pass: it keeps state that is not known here"
+            except Exception as error:  # whatever a model may not like about being run this way
+                reason = repr(error)
+            model.set_attn_implementation(own_attention)
+        logger.warning("%s is not decoded %s: %s", type(model).__name__, decoding.value, reason)
+    return None
+
+
+@torch.inference_mode()
+def decodes_rightly(model: PreTrainedModel, backend: Backend, plain: Tensor, decoding: Decoding) -> bool:
+    """Whether logits as the engine decodes them equal those of one plain pass, up to rounding.
 
     The error is the RMS difference over the logits' own spread: rounding costs 1e-6 of it in float32 and about a
     hundredth in 16 bits, lost state about 1.
 
     Args:
-        model: as it will decode.
+        model: as it will decode, with `attention.NAME` in force if natively.
         backend: what it computes with.
         plain: `plain_logits` of the model as it was loaded.
+        decoding: the way in question.
     """
-    cached = _through_cache(model, backend, plain.shape[1])
-    error = (cached - plain).square().mean().sqrt() / plain.std()
+    stepwise = _step_by_step(model, backend, plain.shape[1], decoding)
+    error = (stepwise - plain).square().mean().sqrt() / plain.std()
     exact = model.dtype == torch.float32 and backend.cache_dtype is None
     return bool(error < (TOLERANCE_32_BITS if exact else TOLERANCE_16_BITS))
 
 
-def _through_cache(model: PreTrainedModel, backend: Backend, vocabulary: int) -> Tensor:
+def _step_by_step(model: PreTrainedModel, backend: Backend, vocabulary: int, decoding: Decoding) -> Tensor:
     """Logits after each of the last tokens: the prompt in two chunks, the rest one by one."""
     ids = sample_ids(vocabulary)
     total = len(ids)
     pool = PagePool(total, 4)
-    runner = ModelRunner(model, total * 4, vocabulary, backend.kernels, backend.cache_dtype)
+    runner = make_runner(model, decoding, total * 4, vocabulary, backend)
     slot_map = SlotMap(1, total, model.device)
     job = Job(None, tuple(ids[:PROMPT_TOKENS]), table=pool.allocate(0, PROMPT_TOKENS))  # type: ignore[arg-type]
     chunks = [PrefillChunk(job, 0, CHUNK_TOKENS), PrefillChunk(job, CHUNK_TOKENS, PROMPT_TOKENS)]
