@@ -10,6 +10,7 @@ from lda_service.config import EngineConfig, PairConfig
 from lda_service.engine.engine import Engine
 from lda_service.engine.pair import load_pair
 from lda_service.engine.request import (
+    Admitted,
     Branch,
     FinishReason,
     GenerationRequest,
@@ -244,6 +245,14 @@ class TestPreemption:
         assert told(patient.run(*requests)) == fresh(pair, *requests)
         assert patient.load().preemptions == 0
 
+    def test_a_score_that_loses_its_pages_goes_on(self, pair):
+        """A rollout takes the pages of a score that is half done: no position is reported twice, none is missing."""
+        rollout = generation("rollout", 0.0, prompt=PROMPT[:4], new=60)
+        score = ScoreRequest("score", PROMPT[4:8], tuple(range(65, 105)))
+        engine = Watched(pair, kv_cache_tokens=80, prefill_chunk_tokens=1)
+        assert told(engine.run(rollout, score)) == fresh(pair, rollout, score)
+        assert engine.positions[1] > 4 + 40 - 1  # the before model runs the score alone, and some of it twice
+
     def preempted(self, pair, request, **limits):
         """An engine in which a sequence of this request is preempted, and the events so far."""
         engine = Watched(pair, kv_cache_tokens=80, **limits)
@@ -295,6 +304,26 @@ class TestPreemption:
         assert [event.request_id for event in events if isinstance(event, RequestFailed)] == ["r"]
         monkeypatch.undo()
         assert told(engine.run(generation("next"))) == fresh(pair, generation("next"))
+
+
+def test_a_step_that_raises_loses_no_event(pair, monkeypatch):
+    """Memory runs out in the first prefill of a request that nobody cancels: it is admitted once, and ends."""
+    engine = Watched(pair)
+    prefill = engine.models.prefill
+    engine.submit(generation("r"))
+    engine.submit(generation("gone", prompt=PROMPT[::-1]))
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine.models, "prefill", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    monkeypatch.setattr(engine.models, "prefill", prefill)
+    engine.cancel("gone")
+    events = engine.run()
+    assert [event.request_id for event in events if isinstance(event, Admitted)] == ["r"]
+    assert told(events) == fresh(pair, generation("r"))
 
 
 def test_the_first_token_does_not_wait_for_32_running_rows(pair):

@@ -54,7 +54,7 @@ class Steps:
         self.evicted += plan.evicted
         for owner in plan.evicted:
             if isinstance(owner, Sequence):
-                assert any(s.started < owner.started for s in self.scheduler.running), "the oldest was preempted"
+                assert any(s.number < owner.number for s in self.scheduler.running), "the oldest was preempted"
         for sequence, tables in plan.grown:
             self.assign(sequence, tables)
         if plan.prefill:
@@ -162,6 +162,34 @@ def test_jobs_take_turns_for_rows():
     steps.step()
     scheduler.add(generation("one", 4, 1, 3))
     for _ in range(12):
+        steps.step()
+    assert "one" in {sequence.job.request.request_id for sequence in steps.finished}
+
+
+def test_a_prompt_waits_for_a_row():
+    """Without one it takes no pages: they would only be missing elsewhere."""
+    steps = Steps(Scheduler(PagePool(100, 4), 1, 100))
+    steps.scheduler.add(generation("first", 4, 1, 30))
+    waiting = [generation(name, 8, 1, 2) for name in ("second", "third")]
+    for job in waiting:
+        steps.scheduler.add(job)
+    for _ in range(20):
+        steps.step()
+    assert all(job.table is None for job in waiting)
+    steps.until_idle()
+    assert [sequence.job.request.request_id for sequence in steps.finished] == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_that_becomes_free_goes_to_a_newcomer(rows):
+    """Also where rows become free one by one, and each time other jobs want them."""
+    scheduler = Scheduler(PagePool(1000, 4), rows, prefill_chunk_tokens=100)
+    steps = Steps(scheduler)
+    for name, new in (("many", 5), ("more", 7)):
+        scheduler.add(generation(name, 4, 200, new))
+        steps.step()
+    scheduler.add(generation("one", 4, 1, 3))
+    for _ in range(40):
         steps.step()
     assert "one" in {sequence.job.request.request_id for sequence in steps.finished}
 

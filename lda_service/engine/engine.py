@@ -174,6 +174,10 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request: its rows and pages are free for the next step. Unknown ids are ignored."""
+        self._events = [event for event in self._events if event.request_id != request_id]
+        self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
         job = self._jobs.pop(request_id, None)
         if job is not None:
             for sequence in self.scheduler.cancel(job):
@@ -182,8 +186,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One step: each running sequence gets a token, one prompt a chunk. Returns what happened, in order."""
-        self._events = []
+        """One step: each running sequence gets a token, one prompt a chunk. Returns what happened, in order.
+
+        What a step that raised had to report comes with the next one's events, unless the request is cancelled.
+        """
         self._end_expired()
         plan = self._schedule()
         if plan.prefill is not None:
@@ -194,7 +200,8 @@ class Engine:
             self._rule_out(batch)
             self._amplify_and_sample(batch)
             self._advance(batch)
-        return self._events
+        events, self._events = self._events, []
+        return events
 
     def warm_up(self) -> None:
         """A short generation and a score through the whole path, so that the first caller does not pay for it."""
@@ -413,7 +420,7 @@ class Engine:
         logger.error("%s: logits are not finite; broken weights, or a DTYPE too narrow for the models", request_id)
         assert sequence.job.table is not None
         self.scheduler.pool.discard(sequence.job.table)
-        self.cancel(request_id)
+        self._drop(request_id)
         self._events.append(RequestFailed(request_id, InternalError("The models gave logits that are not finite.")))
 
     def _report(self, sequence: Sequence, record: TokenRecord, now: float) -> None:

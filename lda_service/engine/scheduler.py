@@ -39,7 +39,7 @@ class Sequence:
     compared: bool = True  # whether anybody looks at the two models' logits, not only at their combination
     row: int = -1  # scheduler
     table: PageTable | None = None  # scheduler
-    started: int = -1  # scheduler: how many had started before it, once it has; stays when it is preempted
+    number: int = -1  # scheduler: order of starting; kept when it is preempted
     prefilled: list[int] = field(default_factory=lambda: [0, 0])  # scheduler: up to where, while it is resumed
     tokens: list[int] = field(default_factory=list)  # engine
     state: Any = None  # engine: text, scores, times
@@ -72,6 +72,7 @@ class Job:
     logits_from: int = 0  # engine: the first position whose logits are wanted
     waiting: deque[Sequence] = field(default_factory=deque)  # preempted ones first
     number: int = -1  # scheduler: order of arrival
+    started: bool = False  # scheduler: whether a sequence ever had a row
     running: int = 0  # scheduler: sequences that hold a row
     prefilled: list[int] = field(default_factory=lambda: [0, 0])  # scheduler: positions that after, before need not run
     stored: tuple[int, int] = (0, 0)  # scheduler: positions that stood in both caches when its prefill began
@@ -270,12 +271,13 @@ class Scheduler:
 
     def _may_begin(self, job: Job) -> bool:
         """Not before there is a row for it, nor while a prefilled job waits for pages: prompts could starve it."""
-        spare, has_row = self._spare, len(self.ready) < len(self._free_rows) or not job.waiting
+        spare, newcomers = self._spare, sum(not ready.started for ready in self.ready)
+        has_row = newcomers < len(self._free_rows) or not job.waiting
         return has_row and all(self._needed(ready) <= spare for ready in self.ready)
 
     def _first_preempted(self) -> Sequence | None:
         """Of the sequences that have tokens and no row, the one that started first."""
-        preempted = (job.waiting[0] for job in self._jobs() if job.waiting and job.waiting[0].started >= 0)
+        preempted = (job.waiting[0] for job in self._jobs() if job.waiting and job.waiting[0].tokens)
         return min(preempted, key=_age, default=None)
 
     @property
@@ -353,7 +355,7 @@ class Scheduler:
         sequence = job.waiting.popleft()
         if not job.waiting:
             self.ready.remove(job)
-        sequence.started = next(self._starts)
+        sequence.number, job.started = next(self._starts), True
         self._take_row(sequence)
         return sequence
 
@@ -439,4 +441,4 @@ class Scheduler:
 
 
 def _age(sequence: Sequence) -> int:
-    return sequence.started
+    return sequence.number
