@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from lda_service import vocabulary
 from lda_service.engine import adapter
 from lda_service.engine.detokenizer import TokenPieces
 from lda_service.engine.fallback import Decoding
-from lda_service.engine.lora import wrap
+from lda_service.engine.lora import ALL, wrap
+from lda_service.engine.quantize import CALIBRATION_TEXT, CALIBRATION_TOKENS, quantize
 from lda_service.engine.runner import Float32Head
-from lda_service.engine.selfcheck import choose_decoding, decodes_rightly, ends_in_its_head
+from lda_service.engine.selfcheck import choose_decoding, decodes_rightly, ends_in_its_head, whole_logits
 from lda_service.engine.sharing import share_equal_tensors, stored_bytes
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
@@ -29,10 +31,12 @@ from lda_service.pairs import demo
 from lda_service.prompting import PromptRenderer
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from lda_service.config import PairConfig
     from lda_service.engine.lora import AdaptedRows
+    from lda_service.engine.quantize import QuantizationError
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 4096
@@ -68,6 +72,7 @@ class Pair:
     decoding: tuple[Decoding, Decoding] = (Decoding.NATIVE, Decoding.NATIVE)  # after, before
     adapted_rows: AdaptedRows | None = None
     head: Any = None
+    quantization_error: QuantizationError | None = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -89,7 +94,6 @@ def load_pair(config: PairConfig) -> Pair:
         after, adapted_rows = _load_adapted(adapter.read_adapter(config.model_after_id, adapter_config), config, before)
     else:
         after = load_model(config.model_after_id, config.dtype, device)
-        logger.info("shared_weight_bytes=%d", share_equal_tensors(after.model, before.model))
     sides = [vocabulary.Side(m.tokenizer, m.info.vocab_size, m.eos_ids) for m in (after, before)]
     report = vocabulary.compare(*sides)
     shared = tuple(vocabulary.shared_ids(*sides))
@@ -97,6 +101,9 @@ def load_pair(config: PairConfig) -> Pair:
         raise PairIncompatible(report.verdict)
     if not report.vocabularies_equal:
         logger.warning("%s", report.verdict)
+    rounding = _quantize(after, before, shared, adapted_rows) if config.quantize == "int8" else None
+    if adapted_rows is None:
+        logger.info("shared_weight_bytes=%d", share_equal_tensors(after.model, before.model))
     info = PairInfo(
         after=after.info,
         before=before.info,
@@ -110,7 +117,17 @@ def load_pair(config: PairConfig) -> Pair:
     decoding = (after.decoding, before.decoding)
     head = _common_head(after, before)
     return Pair(
-        after.model, before.model, after.tokenizer, pieces, shared, stop_ids, info, decoding, adapted_rows, head
+        after.model,
+        before.model,
+        after.tokenizer,
+        pieces,
+        shared,
+        stop_ids,
+        info,
+        decoding,
+        adapted_rows,
+        head,
+        rounding,
     )
 
 
@@ -231,6 +248,26 @@ def _decoding(model_id: str, model: PreTrainedModel, vocabulary: int) -> Decodin
 def output_layer(model: PreTrainedModel) -> Any:
     """The module that turns hidden states into logits; None if the model does not say."""
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+def _quantize(
+    after: LoadedModel, before: LoadedModel, shared: tuple[int, ...], adapted_rows: AdaptedRows | None
+) -> QuantizationError:
+    """Quantise both models, and say what that does to the combined logits on a short text."""
+    known = set(shared)
+    ids = [i for i in after.tokenizer(CALIBRATION_TEXT, add_special_tokens=False)["input_ids"] if i in known]
+    ids = ids[: min(CALIBRATION_TOKENS, after.info.context_tokens, before.info.context_tokens)] or list(shared[:2])
+
+    def logits(side: LoadedModel, adapted: int) -> Tensor:
+        if adapted_rows is not None:
+            adapted_rows.count = adapted
+        return whole_logits(side.model, ids)[:, list(shared)]
+
+    sides = (after, before)
+    runs = (partial(logits, after, ALL), partial(logits, before, 0))
+    error = quantize(runs, [side.model for side in sides], [output_layer(side.model) for side in sides])
+    logger.info("int8 weights: RMS error %.3g nats at alpha 1, %.3g at alpha 10", error.rms(1), error.rms(10))
+    return error
 
 
 def _common_head(after: LoadedModel, before: LoadedModel) -> Any:

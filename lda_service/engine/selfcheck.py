@@ -74,7 +74,8 @@ def decodes_rightly(model: PreTrainedModel, vocabulary: int, decoding: Decoding)
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (PROMPT_TOKENS + NEW_TOKENS,), generator=generator).tolist()
-    stepwise, plain = _step_by_step(model, ids, vocabulary, decoding), _whole(model, ids, vocabulary)
+    stepwise = _step_by_step(model, ids, vocabulary, decoding)
+    plain = whole_logits(model, ids)[PROMPT_TOKENS - 1 :, :vocabulary]
     error = (stepwise - plain).square().mean().sqrt() / plain.std()
     return bool(error < TOLERANCE.get(model.dtype, TOLERANCE_16_BITS))
 
@@ -114,12 +115,11 @@ def ends_in_its_head(model: PreTrainedModel, vocabulary: int) -> bool:
     return bool(error < HEAD_TOLERANCE)
 
 
-def _whole(model: PreTrainedModel, ids: list[int], vocabulary: int) -> Tensor:
-    """Logits at the same positions from one pass of transformers' own attention, without a cache."""
+def whole_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Float32 logits at every position from one pass without any cache, shape (ids, vocabulary)."""
     with _plain_attention(model):
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
-    kept: Tensor = logits[0, PROMPT_TOKENS - 1 :, :vocabulary].float()
-    return kept
+        logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    return logits[0].float()
 
 
 @contextmanager
