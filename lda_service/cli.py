@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lda_service import __version__
-from lda_service.config import DTYPES, Config, EngineConfig, PairConfig, ServerConfig, pair_ids
+from lda_service.config import DTYPES, QUANTIZE, Config, EngineConfig, PairConfig, ServerConfig, pair_ids
 from lda_service.errors import LdaError
 from lda_service.telemetry import configure_logging
 
@@ -47,6 +47,14 @@ def main() -> None:
 @click.option("--model-before-id", envvar="MODEL_BEFORE_ID", help="Reference model: a hub id or a folder.")
 @click.option("--device", envvar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--dtype", envvar="DTYPE", default="auto", show_default=True, type=click.Choice(DTYPES))
+@click.option(
+    "--quantize",
+    envvar="QUANTIZE",
+    default="none",
+    show_default=True,
+    type=click.Choice(QUANTIZE),
+    help="Round the weights of linear layers; the log says what error that brings.",
+)
 @click.option("--host", envvar="HOST", default=SERVER.host, show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -103,6 +111,7 @@ def serve(
     model_before_id: str | None,
     device: str,
     dtype: str,
+    quantize: str,
     host: str,
     port: int,
     max_running_sequences: int,
@@ -118,7 +127,7 @@ def serve(
     try:
         after, before = pair_ids(model_after_id, model_before_id)
         config = Config(
-            pair=PairConfig(after, before, device, dtype, allow_incompatible, native),
+            pair=PairConfig(after, before, device, dtype, allow_incompatible, native, quantize),
             engine=EngineConfig(
                 max_running_sequences=max_running_sequences,
                 max_queued_requests=max_queued_requests,

@@ -12,6 +12,7 @@ from lda_service.errors import ConfigError
 from lda_service.pairs import demo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("none", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class PairConfig:
     """Which two models, and how they are loaded.
 
     `dtype` "auto" takes the type of the checkpoint; `device` "auto" takes CUDA where there is one. `native` False keeps
-    to torch's operators on a CPU.
+    to torch's operators on a CPU; `quantize` "int8" rounds the weights of linear layers, output layers excepted.
     """
 
     model_after_id: str
@@ -28,10 +29,13 @@ class PairConfig:
     dtype: str = "auto"
     allow_incompatible: bool = False
     native: bool = True
+    quantize: str = "none"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"DTYPE is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+        if self.quantize not in QUANTIZE:
+            raise ConfigError(f"QUANTIZE is {self.quantize!r}; use one of {', '.join(QUANTIZE)}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,11 +67,13 @@ class LDAModelPair:
     """Two models, loaded into this process.
 
     Args:
-        model_after_id: the post-trained model, a hub id or a folder. Neither model: the bundled pair.
+        model_after_id: the post-trained model, a hub id or a folder; may be a LoRA adapter over the before model.
+            Neither model: the bundled pair.
         model_before_id: its reference.
         device: "auto", "cpu", "cuda", "cuda:N".
         dtype: "auto", "float32", "bfloat16", "float16".
         allow_incompatible: load a pair whose vocabularies differ, for the ids they share.
+        quantize: "none", or "int8" for linear layers with rounded weights.
         engine: limits of the decoder.
 
     Raises:
@@ -86,11 +88,13 @@ class LDAModelPair:
         device: str = "auto",
         dtype: str = "auto",
         allow_incompatible: bool = False,
+        quantize: str = "none",
         engine: EngineConfig | None = None,
     ) -> None:
         after, before = pair_ids(model_after_id, model_before_id)
-        pair = load_pair(PairConfig(after, before, device, dtype, allow_incompatible))
+        pair = load_pair(PairConfig(after, before, device, dtype, allow_incompatible, quantize=quantize))
         self.info = pair.info
+        self._quantization_error = pair.quantization_error
         self.renderer = PromptRenderer(pair.tokenizer)
         self._engine = Engine(pair, engine or EngineConfig())
         self._lock = threading.Lock()
@@ -100,6 +104,10 @@ class LDAModelPair:
     def compatibility(self) -> CompatibilityReport:
         """How the two vocabularies compare."""
         return self.info.compatibility
+
+    def quantization_error(self, alpha: float) -> float:
+        """RMS error, in nats, that quantisation brings to the logits combined at this alpha, on a short mixed text."""
+        return 0.0 if self._quantization_error is None else self._quantization_error.rms(alpha)
 
     def generate_lda(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ from lda_service.engine import adapter
 from lda_service.engine.detokenizer import TokenPieces
 from lda_service.engine.fallback import Decoding
 from lda_service.engine.lora import ALL, wrap
-from lda_service.engine.prepack import Backend, prepare
-from lda_service.engine.selfcheck import choose_decoding, ends_in_its_head, plain_logits
+from lda_service.engine.prepack import Backend, choose_backend, swap_bodies, swap_heads
+from lda_service.engine.quantize import CALIBRATION_TEXT, CALIBRATION_TOKENS, quantize
+from lda_service.engine.selfcheck import choose_decoding, ends_in_its_head, plain_logits, whole_logits
 from lda_service.engine.sharing import share_equal_tensors, stored_bytes
 from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
 from lda_service.pair_info import ModelInfo, PairInfo
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from lda_service.config import PairConfig
     from lda_service.engine.lora import AdaptedRows
+    from lda_service.engine.quantize import QuantizationError
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 4096
@@ -70,6 +73,7 @@ class Pair:
     decoding: tuple[Decoding, Decoding] = (Decoding.NATIVE, Decoding.NATIVE)  # after, before
     adapted_rows: AdaptedRows | None = None
     head: Any = None
+    quantization_error: QuantizationError | None = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -91,7 +95,6 @@ def load_pair(config: PairConfig) -> Pair:
         after, adapted_rows = _load_adapted(adapter.read_adapter(config.model_after_id, adapter_config), config, before)
     else:
         after = load_model(config.model_after_id, config.dtype, device)
-        logger.info("shared_weight_bytes=%d", share_equal_tensors(after.model, before.model))
     sides = [vocabulary.Side(m.tokenizer, m.info.vocab_size, m.eos_ids) for m in (after, before)]
     report = vocabulary.compare(*sides)
     shared = tuple(vocabulary.shared_ids(*sides))
@@ -99,6 +102,19 @@ def load_pair(config: PairConfig) -> Pair:
         raise PairIncompatible(report.verdict)
     if not report.vocabularies_equal:
         logger.warning("%s", report.verdict)
+    models = (after.model, before.model)
+    if adapted_rows is None:
+        logger.info("shared_weight_bytes=%d", share_equal_tensors(*models))
+    one_head = _have_one_head(*models)
+    backend = choose_backend(models, use_native=config.native)
+    swap_heads(backend, models)
+    rounding = None
+    if config.quantize == "int8":
+        rounding = _quantize(after, before, shared, adapted_rows)
+        after, before = (_with_plain_logits(*side, adapted_rows) for side in ((after, ALL), (before, 0)))
+        share_equal_tensors(*models)
+    swap_bodies(backend, models)
+    logger.info("decoding with %s", backend.summary)
     info = PairInfo(
         after=after.info,
         before=before.info,
@@ -107,9 +123,6 @@ def load_pair(config: PairConfig) -> Pair:
         has_chat_template=PromptRenderer(after.tokenizer).has_chat_template,
         compatibility=report,
     )
-    one_head = _have_one_head(after.model, before.model)
-    backend = prepare((after.model, before.model), use_native=config.native)
-    logger.info("decoding with %s", backend.summary)
     pieces = TokenPieces.from_tokenizer(after.tokenizer)
     stop_ids = frozenset(after.eos_ids + before.eos_ids) & frozenset(shared)
     decoding = (_decoding(after, backend, adapted_rows, ALL), _decoding(before, backend, adapted_rows, 0))
@@ -126,6 +139,7 @@ def load_pair(config: PairConfig) -> Pair:
         decoding=decoding,
         adapted_rows=adapted_rows,
         head=head,
+        quantization_error=rounding,
     )
 
 
@@ -234,14 +248,25 @@ def _plain_logits(model_id: str, model: PreTrainedModel, vocabulary: int) -> Ten
         ) from error
 
 
+def _with_plain_logits(loaded: LoadedModel, count: int, adapted_rows: AdaptedRows | None) -> LoadedModel:
+    """What the model says now that its weights were changed."""
+    _adapt(adapted_rows, count)
+    return replace(loaded, plain_logits=_plain_logits(loaded.info.model_id, loaded.model, loaded.info.vocab_size))
+
+
+def _adapt(adapted_rows: AdaptedRows | None, count: int) -> None:
+    """Let an adapter, if there is one, act on that many rows of the next pass."""
+    if adapted_rows is not None:
+        adapted_rows.count = count
+
+
 def _decoding(loaded: LoadedModel, backend: Backend, adapted_rows: AdaptedRows | None, count: int) -> Decoding:
     """How the model is decoded, said aloud if it is slow. `count` of the rows are adapted while it is tried.
 
     Raises:
         ModelUnsupported: no way of decoding it agrees with one plain pass.
     """
-    if adapted_rows is not None:
-        adapted_rows.count = count
+    _adapt(adapted_rows, count)
     model_id = loaded.info.model_id
     decoding = choose_decoding(loaded.model, backend, loaded.plain_logits)
     if decoding is None:
@@ -257,6 +282,25 @@ def _decoding(loaded: LoadedModel, backend: Backend, adapted_rows: AdaptedRows |
 def output_layer(model: PreTrainedModel) -> Any:
     """The module that turns hidden states into logits; None if the model does not say."""
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+def _quantize(
+    after: LoadedModel, before: LoadedModel, shared: tuple[int, ...], adapted_rows: AdaptedRows | None
+) -> QuantizationError:
+    """Quantise both models, and say what that does to the combined logits on a short text."""
+    known = set(shared)
+    ids = [i for i in after.tokenizer(CALIBRATION_TEXT, add_special_tokens=False)["input_ids"] if i in known]
+    ids = ids[: min(CALIBRATION_TOKENS, after.info.context_tokens, before.info.context_tokens)] or list(shared[:2])
+
+    def logits(side: LoadedModel, count: int) -> Tensor:
+        _adapt(adapted_rows, count)
+        return whole_logits(side.model, ids)[:, list(shared)]
+
+    sides = (after, before)
+    runs = (partial(logits, after, ALL), partial(logits, before, 0))
+    error = quantize(runs, [side.model for side in sides], [output_layer(side.model) for side in sides])
+    logger.info("int8 weights: RMS error %.3g nats at alpha 1, %.3g at alpha 10", error.rms(1), error.rms(10))
+    return error
 
 
 def _have_one_head(*models: PreTrainedModel) -> bool:

@@ -21,7 +21,7 @@ from lda_service.engine import native
 from lda_service.engine.native import Product
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -147,29 +147,13 @@ class OneDnnLinear(nn.Module):
 OURS = (NativeLinear, NativeGatedMLP, NativeRMSNorm, WideningEmbedding, OneDnnLinear, Float32Head)
 
 
-def prepare(models: Iterable[PreTrainedModel], *, use_native: bool = True) -> Backend:
-    """Choose how the models of a pair compute, swap their modules, and say what was chosen.
+def choose_backend(models: Sequence[PreTrainedModel], *, use_native: bool = True) -> Backend:
+    """How the models of a pair should compute.
 
     Args:
-        models: on their device; changed in place. A weight that both hold is packed once.
-        use_native: False: leave all modules but the output layers as they are.
+        models: on their device.
+        use_native: False: on torch's operators.
     """
-    models = list(dict.fromkeys(models))
-    backend = _choose(models, use_native)
-    packed: dict[int, PackedWeight] = {}
-    heads: dict[tuple[int, ...], nn.Module] = {}
-    for model in models:
-        _swap_head(backend, model, packed, heads)
-        if backend.kernels is not None and backend.invariant:
-            _swap(model, lambda module: _native(backend.kernels, module, packed))  # type: ignore[arg-type]
-            _swap(model, lambda module: _native_mlp(backend.kernels, module))  # type: ignore[arg-type]
-            _widen_rest(model)
-        elif backend.kernels is not None:
-            _swap(model, _one_dnn)
-    return backend
-
-
-def _choose(models: list[PreTrainedModel], use_native: bool) -> Backend:
     if models[0].device.type != "cpu":
         return Backend(None, None, "torch's operators on " + str(models[0].device))
     if not use_native:
@@ -186,6 +170,39 @@ def _choose(models: list[PreTrainedModel], use_native: bool) -> Backend:
     if any(model.dtype == torch.bfloat16 for model in models):
         return _choose_for_bf16(models[0], kernels)
     return Backend(kernels, None, "native kernels: packed weights, float32 sums", invariant=True)
+
+
+def swap_heads(backend: Backend, models: Sequence[PreTrainedModel]) -> None:
+    """Make logits leave the output layers in float32. Models that have one output layer keep one."""
+    heads: dict[tuple[int, ...], nn.Module] = {}
+    for model in dict.fromkeys(models):
+        old: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if old is None or not _is_plain(old.weight):
+            continue
+        bias: Tensor | None = getattr(old, "bias", None)
+        key = (old.weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        heads.setdefault(key, _float32_head(backend, old, bias))
+        model.set_output_embeddings(heads[key])  # type: ignore[no-untyped-call]
+
+
+def _float32_head(backend: Backend, old: Any, bias: Tensor | None) -> nn.Module:
+    if backend.kernels is not None:
+        return NativeLinear(backend.kernels, _pack(backend.kernels, old.weight, {}), bias)
+    head: nn.Module = old if old.weight.dtype == torch.float32 else Float32Head(old)
+    return head
+
+
+def swap_bodies(backend: Backend, models: Sequence[PreTrainedModel]) -> None:
+    """Replace the other modules by those of the backend. A weight that both models hold is packed once."""
+    kernels = backend.kernels
+    packed: dict[int, PackedWeight] = {}
+    for model in dict.fromkeys(models):
+        if kernels is not None and backend.invariant:
+            _swap(model, lambda module: _native(kernels, module, packed))
+            _swap(model, lambda module: _native_mlp(kernels, module))
+            _widen_rest(model)
+        elif kernels is not None:
+            _swap(model, _one_dnn)
 
 
 def _choose_for_bf16(model: PreTrainedModel, kernels: Kernels) -> Backend:
@@ -233,23 +250,6 @@ def _swap(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None
             setattr(module, name, new)
         elif not isinstance(child, OURS):
             _swap(child, replacement)
-
-
-def _swap_head(
-    backend: Backend, model: PreTrainedModel, packed: dict[int, PackedWeight], heads: dict[tuple[int, ...], nn.Module]
-) -> None:
-    """Make logits leave the output layer in float32. Models that have one output layer keep one."""
-    old: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if old is None or not _is_plain(old.weight):
-        return
-    bias: Tensor | None = getattr(old, "bias", None)
-    key = (old.weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-    if key not in heads:
-        if backend.kernels is not None:
-            heads[key] = NativeLinear(backend.kernels, _pack(backend.kernels, old.weight, packed), bias)
-        else:
-            heads[key] = old if old.weight.dtype == torch.float32 else Float32Head(old)
-    model.set_output_embeddings(heads[key])  # type: ignore[no-untyped-call]
 
 
 def _pack(kernels: Kernels, weight: Tensor, packed: dict[int, PackedWeight]) -> PackedWeight:
@@ -324,5 +324,5 @@ def _widen_rest(model: nn.Module) -> None:
             continue
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
-                if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
+                if tensor is not None and _is_plain(tensor) and tensor.dtype in (torch.bfloat16, torch.float16):
                     tensor.data = tensor.data.float()

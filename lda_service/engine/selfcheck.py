@@ -44,6 +44,12 @@ def sample_ids(vocabulary: int) -> list[int]:
 
 
 @torch.inference_mode()
+def whole_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Logits at every position of one pass, without a cache; float32, shape (positions, vocabulary)."""
+    logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+    return logits
+
+
 def plain_logits(model: PreTrainedModel, vocabulary: int) -> Tensor:
     """What the model says in one pass, without a cache, its modules and attention as loaded.
 
@@ -54,9 +60,7 @@ def plain_logits(model: PreTrainedModel, vocabulary: int) -> Tensor:
     Returns:
         float32, shape (positions, vocabulary).
     """
-    logits = model(input_ids=torch.tensor([sample_ids(vocabulary)], device=model.device), use_cache=False).logits
-    kept: Tensor = logits[0, PROMPT_TOKENS - 1 :, :vocabulary].float()
-    return kept
+    return whole_logits(model, sample_ids(vocabulary))[PROMPT_TOKENS - 1 :, :vocabulary]
 
 
 @torch.inference_mode()
