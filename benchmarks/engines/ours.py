@@ -15,7 +15,7 @@ from lda_service.config import EngineConfig, PairConfig
 from lda_service.engine.engine import Engine
 from lda_service.engine.pair import load_pair
 from lda_service.engine.request import Branch, GenerationRequest, Role, Sampling, SequenceDelta, Stopping
-from lda_service.engine.threads import choose_threads
+from lda_service.engine.threads import settle_process
 
 if TYPE_CHECKING:
     from lda_service.engine.request import Event
@@ -28,7 +28,7 @@ class Ours(child.Measured):
 
     def __init__(self, after: str, before: str, dtype: str) -> None:
         pair = load_pair(PairConfig(after, before, "cpu", dtype))
-        choose_threads(pair)
+        settle_process(pair)
         self.engine = Engine(pair, EngineConfig())
         self.engine.warm_up()
         self.vocabulary = pair.vocabulary_size

@@ -75,10 +75,10 @@ def load_engine(config: Config) -> tuple[DecodingEngine, PairInfo]:
     """The real engine over the configured pair. Imports torch here, in the worker, and nowhere earlier."""
     from lda_service.engine.engine import Engine
     from lda_service.engine.pair import load_pair
-    from lda_service.engine.threads import choose_threads
+    from lda_service.engine.threads import settle_process
 
     pair = load_pair(config.pair)
-    choose_threads(pair)
+    settle_process(pair)
     return Engine(pair, config.engine), pair.info
 
 

@@ -41,6 +41,13 @@ typedef struct {
     int64_t position[QUERY_TILE];
 } Work;
 
+// Each thread's own, taken once and kept: clearing it anew for each layer would take longer than attention for one row.
+static Work *work_of_thread(void) {
+    static _Thread_local Work *work;
+    if (!work) work = aligned_alloc(64, (sizeof(Work) + 63) / 64 * 64);
+    return work;
+}
+
 static inline long padded(long dim) { return (dim + PANEL - 1) / PANEL * PANEL; }
 
 static inline void widen_row(const Shape *s, const void *cache, int64_t slot, long head, float *out) {
@@ -235,7 +242,7 @@ int lda_attend(const Layout *l, const Shape *s, const Heads *query, const Heads 
     {
         store_new(l, s, key, keys);
         store_new(l, s, value, values);
-        Work *w = aligned_alloc(64, (sizeof(Work) + 63) / 64 * 64);
+        Work *w = work_of_thread();
         if (!w) failed = 1;
 #pragma omp for schedule(dynamic)
         for (long item = 0; item < items; item++) {
@@ -244,7 +251,6 @@ int lda_attend(const Layout *l, const Shape *s, const Heads *query, const Heads 
             if (w && from < count)
                 attend_tile(l, s, query, keys, values, group, head, from, at_most(count, from + QUERY_TILE), w, out);
         }
-        free(w);
     }
     return failed;
 }

@@ -55,6 +55,12 @@ static const int WIDE_PANELS[] = {0, 4, 2, 2};
 
 static inline long at_most(long a, long b) { return a < b ? a : b; }
 
+// Rows of a tile: as even as six at most allows, since a tile of two costs nearly as much as one of four.
+static inline long tile_of(long rows) {
+    long tiles = (rows + ROW_TILE - 1) / ROW_TILE;
+    return (rows + tiles - 1) / tiles;
+}
+
 // x[rows][depth] as tiles of six rows, each [depth][rows of the tile].
 static void transpose_tile(const float *x, long ldx, long rows, long depth, float *tile) {
     for (long r = 0; r < rows; r++)
@@ -66,7 +72,7 @@ static void transpose_tile(const float *x, long ldx, long rows, long depth, floa
     static void few_rows_##SUFFIX(const float *tile, long rows, long depth, const TYPE *w, long panels,    \
                                   float *y, long ldy) {                                                    \
         long stride = depth * PANEL, width = rows <= 3 ? WIDE_PANELS[rows] : 1;                            \
-        _Pragma("omp for schedule(static)") for (long p = 0; p < panels; p += width) {                     \
+        _Pragma("omp for schedule(guided)") for (long p = 0; p < panels; p += width) {                     \
             if (width > 1 && p + width <= panels)                                                          \
                 WIDE_##SUFFIX[rows](tile, w + p * stride, stride, depth, 0, y + p * PANEL, ldy);           \
             else                                                                                           \
@@ -88,12 +94,13 @@ static const float *panel_bf16(const bf16 *w, long count, float *scratch) {
     static void many_rows_##SUFFIX(const float *tiles, long rows, long depth, const TYPE *w, long panels,  \
                                    float *y, long ldy) {                                                   \
         float scratch[K_BLOCK * PANEL] __attribute__((aligned(64)));                                       \
-        _Pragma("omp for schedule(static)") for (long p = 0; p < panels; p++)                              \
+        long tile = tile_of(rows);                                                                         \
+        _Pragma("omp for schedule(dynamic, 2)") for (long p = 0; p < panels; p++)                          \
             for (long k = 0; k < depth; k += K_BLOCK) {                                                    \
                 long count = at_most(K_BLOCK, depth - k);                                                  \
                 const float *block = panel_##SUFFIX(w + (p * depth + k) * PANEL, count * PANEL, scratch);  \
-                for (long r = 0; r < rows; r += ROW_TILE) {                                                \
-                    long n = at_most(ROW_TILE, rows - r);                                                  \
+                for (long r = 0; r < rows; r += tile) {                                                    \
+                    long n = at_most(tile, rows - r);                                                      \
                     NARROW_f32[n](tiles + r * depth + k * n, block, 0, count, k > 0,                       \
                                   y + r * ldy + p * PANEL, ldy);                                           \
                 }                                                                                          \
@@ -113,10 +120,10 @@ static inline long panels_of(const Weight *w) { return (w->outputs + PANEL - 1) 
 
 // y[rows][panels * 16] = x w + bias, by all threads of a parallel region; `tiles` holds rows * depth floats.
 static void product(const Weight *w, const float *x, long rows, float *tiles, float *y) {
-    long depth = w->depth, panels = panels_of(w), ldy = panels * PANEL;
+    long depth = w->depth, panels = panels_of(w), ldy = panels * PANEL, tile = tile_of(rows);
 #pragma omp for schedule(static)
-    for (long r = 0; r < rows; r += ROW_TILE)
-        transpose_tile(x + r * depth, depth, at_most(ROW_TILE, rows - r), depth, tiles + r * depth);
+    for (long r = 0; r < rows; r += tile)
+        transpose_tile(x + r * depth, depth, at_most(tile, rows - r), depth, tiles + r * depth);
     if (rows <= ROW_TILE && w->is_bf16) few_rows_bf16(tiles, rows, depth, w->data, panels, y, ldy);
     else if (rows <= ROW_TILE) few_rows_f32(tiles, rows, depth, w->data, panels, y, ldy);
     else if (w->is_bf16) many_rows_bf16(tiles, rows, depth, w->data, panels, y, ldy);
