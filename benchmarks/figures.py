@@ -53,6 +53,13 @@ def pair_equivalent(after: float, before: float) -> float:
     return 1 / (1 / after + 1 / before)
 
 
+def best(first: Any, second: Any) -> Any:
+    """The greater of two measurements of the same rates, one by one; a dictionary holds rates or dictionaries."""
+    if isinstance(first, dict):
+        return {key: best(value, second[key]) for key, value in first.items()}
+    return max(first, second)
+
+
 def interleaved(engines: Sequence[str], repetitions: int) -> list[str]:
     """A B / B A / A B ...: every engine has its turn early and late, so that drift favours none."""
     order: list[str] = []

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 VLLM_PYTHON = ROOT / ".bench" / "vllm" / "bin" / "python"
 STOP_TIMEOUT_S = 30.0
+# The share of a core that all else on the machine, waiting engines included, may take before a figure is doubtful.
+DISTURBED = 0.1
 
 
 class EngineFailed(Exception):
@@ -26,6 +29,15 @@ class EngineFailed(Exception):
 
 class EngineMissing(Exception):
     """The engine's environment is not there; the message says how to get it."""
+
+
+def machine_busy_s(stat: Path = Path("/proc/stat")) -> float:
+    """Processor time that all cores together have not been idle, what a hypervisor took included; 0 if not told."""
+    try:
+        user, nice, system, _, _, irq, soft, stolen = map(int, stat.read_text().split()[1:9])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 class Child:
@@ -54,6 +66,13 @@ class Child:
         self._process.stdin.write(json.dumps({"operation": operation, **arguments}) + "\n")
         self._process.stdin.flush()
         return self._answer()
+
+    def ask_watched(self, operation: str, **arguments: Any) -> tuple[Any, float]:
+        """The result, and the share of a core that all else on the machine took meanwhile. Raises EngineFailed."""
+        began, others = time.perf_counter(), machine_busy_s() - self.cpu_s()
+        result = self.ask(operation, **arguments)
+        others = machine_busy_s() - self.cpu_s() - others
+        return result, max(0.0, others) / (time.perf_counter() - began)
 
     def cpu_s(self) -> float:
         """Processor time used so far; 0 where the system does not tell."""

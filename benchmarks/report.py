@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.processes import DISTURBED
 from benchmarks.workloads import ENGINES, ROW_COUNTS, STUDIES
 
 if TYPE_CHECKING:
@@ -11,8 +12,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Results = dict[str, Any]
-# The share of a core that waiting processes may take before their neighbour's figure is doubtful.
-DISTURBED = 0.05
 
 
 def markdown(results: Results) -> str:
@@ -37,9 +36,10 @@ def machine(results: Results) -> str:
     """The machine's names and what it was measured to do."""
     measured = results["machine"]
     names = ", ".join(f"{key} {value}" for key, value in measured["names"].items())
+    busy = "; **something else used the processor meanwhile**" if measured["others_cores"] > DISTURBED else ""
     return (
         f"Machine: {names}. Memory read {measured['bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"matrix peak {measured['flops_per_s'] / 1e9:.0f} GF/s. Commit {results.get('commit', 'unknown')}."
+        f"matrix peak {measured['flops_per_s'] / 1e9:.0f} GF/s{busy}. Commit {results.get('commit', 'unknown')}."
     )
 
 
@@ -95,8 +95,8 @@ def notes(workloads: Iterable[Results]) -> str:
         for name, record in workload["engines"].items():
             if record["note"]:
                 lines.append(f"- {workload['name']}, {name}: {record['note']}")
-            if any(run["others_cpu_s"] > DISTURBED * run["seconds"] for run in record["runs"]):
-                lines.append(f"- {workload['name']}, {name}: the waiting engines were not idle; measure again")
+            if any(run["others_cores"] > DISTURBED for run in record["runs"]):
+                lines.append(f"- {workload['name']}, {name}: something else used the processor; measure again")
             if _is_partial(record):
                 lines.append(f"- {workload['name']}, {name} (*): measured on {record['runs'][0]['rows']} rows only")
     return "## Notes\n\n" + "\n".join(lines) if lines else ""
