@@ -26,16 +26,22 @@ class PairRunner:
         num_slots: positions each cache holds.
         max_rows: sequences decoded at once.
         context_tokens: positions of the longest sequence.
+        scratch_slots: slots more, behind the others, that nobody owns: the last row of the slot map, one more than
+            `max_rows`, points to the first of them at all positions.
     """
 
-    def __init__(self, pair: Pair, num_slots: int, max_rows: int, context_tokens: int) -> None:
+    def __init__(self, pair: Pair, num_slots: int, max_rows: int, context_tokens: int, scratch_slots: int = 0) -> None:
         self.vocabulary = pair.vocabulary_size
         self.device = pair.after.device
         self.runners = tuple(
-            ModelRunner(model, num_slots, self.vocabulary, pair.backend.kernels, pair.backend.cache_dtype)
+            ModelRunner(
+                model, num_slots + scratch_slots, self.vocabulary, pair.backend.kernels, pair.backend.cache_dtype
+            )
             for model in (pair.after, pair.before)
         )
-        self.slot_map = SlotMap(max_rows, context_tokens, self.device)
+        self.slot_map = SlotMap(max_rows + (scratch_slots > 0), context_tokens, self.device)
+        if scratch_slots:
+            self.slot_map.slots[max_rows] = num_slots
 
     def assign(self, sequence: Sequence) -> None:
         """Point the sequence's row at the slots of its prompt and its own pages."""
@@ -86,6 +92,20 @@ class PairRunner:
                 missing = [i for i in at if not sequences[i].needs[1 - side]]
                 both[1 - side, missing] = both[side, missing]
         return both[0], both[1]
+
+    def note_decoded(self, sequences: list[Sequence], positions: list[int]) -> None:
+        """A static step runs these positions of the sequences, in the models that each needs."""
+        for sequence, position in zip(sequences, positions, strict=True):
+            for runner, needs in zip(self.runners, sequence.needs, strict=True):
+                if needs:
+                    runner.cache.advance(sequence, position, position + 1)
+        self._check_lock_step(sequences)
+
+    def rewind(self, sequence: Sequence) -> None:
+        """The sequence's last token, and what was run behind it, will be run again."""
+        for runner, needs in zip(self.runners, sequence.needs, strict=True):
+            if needs:
+                runner.cache.rewind(sequence, sequence.length - 1)
 
     def forget(self, owner: Sequence | Job) -> None:
         """The owner's slots were given back."""

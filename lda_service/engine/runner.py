@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lda_service.engine.native import Kernels
+    from lda_service.engine.paged_attention import PagedBatch
     from lda_service.engine.pages import PageTable
     from lda_service.engine.scheduler import PrefillChunk, Sequence
 
@@ -103,14 +104,21 @@ class ModelRunner:
             self.cache.advance(sequence, sequence.length - 1, sequence.length)
         return logits
 
+    def decode_static(self, inputs: PassInputs, paged: PagedBatch | None) -> Tensor:
+        """Run one query of each row on torch's operators and note nothing: float32 logits, shape (rows, vocabulary)."""
+        return self._forward_through(CacheView(self.cache, inputs, None, paged), 1)[:, 0]
+
     def _forward(self, inputs: PassInputs, logits_to_keep: int) -> Tensor:
+        return self._forward_through(CacheView(self.cache, inputs, self.kernels), logits_to_keep)
+
+    def _forward_through(self, view: CacheView, logits_to_keep: int) -> Tensor:
         """Float32 logits, shape (rows, logits_to_keep, vocabulary): cut or padded to the pair's vocabulary."""
         output = self.model(
-            input_ids=inputs.ids,
-            position_ids=inputs.positions,
+            input_ids=view.inputs.ids,
+            position_ids=view.inputs.positions,
             use_cache=False,
             logits_to_keep=logits_to_keep,
-            kv=CacheView(self.cache, inputs, self.kernels),
+            kv=view,
         )
         logits: Tensor = output.logits[:, -logits_to_keep:].float()[..., : self.vocabulary]
         missing = self.vocabulary - logits.shape[-1]

@@ -1,0 +1,309 @@
+"""Static steps draw what ordinary steps draw: on the CPU, where the same code runs without graphs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_continuous_batching import BRANCHES, generations, make, outcome
+from tiny_models import save_model
+
+from lda_service.config import EngineConfig, PairConfig
+from lda_service.engine.engine import Engine
+from lda_service.engine.pair import load_pair
+from lda_service.engine.request import (
+    Branch,
+    GenerationRequest,
+    Output,
+    RequestFailed,
+    Role,
+    Sampling,
+    SequenceDelta,
+    SequenceFinished,
+    Stopping,
+)
+from lda_service.errors import ConfigError
+
+SHARED = tuple(b"A prompt that several rows share, longer than any window")
+AMPLIFIED = (Branch(Role.AMPLIFIED, 1.5),)
+LIMITS = dict(max_running_sequences=8, prefill_chunk_tokens=16)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma2"])
+def pair(request, tmp_path_factory):
+    """Torch's operators, so that both ways share all but what is tested; windows and soft caps with gemma2."""
+    return make_pair(tmp_path_factory.mktemp("pair"), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"), "llama", max_position_embeddings=600)
+
+
+def make_pair(folder, architecture, **changes):
+    for seed, side in enumerate(("after", "before")):
+        save_model(folder / side, architecture, seed=seed + 1, **changes)
+    return load_pair(PairConfig(str(folder / "after"), str(folder / "before"), device="cpu", native=False))
+
+
+def engine_of(pair, static_step="on", **limits):
+    return Engine(pair, EngineConfig(**{**LIMITS, **limits}, static_step=static_step))
+
+
+def generation(name, prompt=SHARED, branches=AMPLIFIED, n=1, new=20, sampling=None, **rest):
+    stopping = Stopping(new, ignore_eos=True)
+    return GenerationRequest(name, tuple(prompt), branches, n, sampling or Sampling(0.0), rest.pop("stopping", stopping), **rest)
+
+
+def run(engine, *requests, between=lambda engine, step: None):
+    """Events by request, and that nothing is left."""
+    for request in requests:
+        engine.submit(request)
+    events = []
+    for step in itertools.count():
+        between(engine, step)
+        if not engine.has_work:
+            break
+        events += engine.step()
+        engine.scheduler.check_integrity()
+    engine.check_integrity()
+    return {name: [e for e in events if e.request_id == name] for name in {e.request_id for e in events}}
+
+
+def told(events):
+    return {name: outcome(of_one) for name, of_one in events.items()}
+
+
+def logprobs(events):
+    return [record.logprob for e in events if isinstance(e, SequenceDelta) for record in e.tokens]
+
+
+MIXED = [
+    generation("greedy", n=2),
+    generation("plain", n=3, sampling=Sampling(1.0, 1.0, seed=1)),
+    generation("top-p", n=2, sampling=Sampling(0.7, 0.8, seed=2)),
+    generation("top-k", b"xyz", sampling=Sampling(1.3, 1.0, 5, seed=3)),
+    generation("min-p", b"other", sampling=Sampling(1.1, 0.95, 30, 0.02, 0.05, seed=4)),
+    generation("both", b"one of each", (Branch(Role.AFTER, 0.0), Branch(Role.BEFORE, -1.0)), 2, 9, Sampling(seed=5)),
+]
+
+
+def test_mixed_requests_draw_the_same_tokens(pair):
+    """Greedy and sampled rows with unlike settings, prompts shared and not, one model and both, joining and leaving."""
+    wanted, got = (run(engine_of(pair, static), *MIXED) for static in ("off", "on"))
+    assert told(got) == told(wanted)
+    assert logprobs(got["top-p"]) == pytest.approx(logprobs(wanted["top-p"]), abs=1e-5)
+    assert set(logprobs(got["greedy"])) == {None}
+
+
+def test_the_static_path_is_taken(pair, monkeypatch):
+    """The test above compares two paths, not one with itself: nearly all tokens come from static steps."""
+    engine = engine_of(pair)
+    ordinary = []
+    decode = engine._decode
+    monkeypatch.setattr(engine, "_decode", lambda decoded, started: (ordinary.extend(decoded), decode(decoded, started)))
+    run(engine, *MIXED)
+    assert not ordinary
+
+
+def test_a_context_may_outgrow_its_bucket(llama):
+    """A row that passes 256 and 512 positions goes on in the next bucket."""
+    request = generation("long", SHARED, n=2, new=500, sampling=Sampling(1.0, 0.9, seed=6))
+    limits = dict(kv_cache_tokens=2000)
+    wanted, got = (run(engine_of(llama, static, **limits), request) for static in ("off", "on"))
+    assert told(got) == told(wanted)
+
+
+def test_the_context_window_may_be_used_up(pair):
+    """The last position of the window is reached, and not passed by the step ahead."""
+    request = generation("full", SHARED, n=2, new=500)
+    limits = dict(kv_cache_tokens=1000, page_tokens=1)
+    wanted, got = (run(engine_of(pair, static, **limits), request) for static in ("off", "on"))
+    assert told(got) == told(wanted)
+    assert [e.output_tokens for e in got["full"] if isinstance(e, SequenceFinished)] == [128 - len(SHARED)] * 2
+
+
+def test_evidence_is_drawn_in_ordinary_steps_beside_static_ones(pair):
+    """Diagnostics, scores and bans come out the same while other rows go on in static steps."""
+    requests = [
+        generation("plain", n=2, sampling=Sampling(seed=1)),
+        generation("diagnostics", sampling=Sampling(seed=2), output=Output(diagnostics=True, top_candidates=3)),
+        generation("scores", b"abc", sampling=Sampling(seed=3), output=Output(score_alphas=(0.0, 2.0))),
+        generation("least", b"abc", sampling=Sampling(seed=4), stopping=Stopping(15, min_new_tokens=6)),
+    ]
+    wanted, got = (run(engine_of(pair, static), *requests) for static in ("off", "on"))
+    assert told(got) == told(wanted)
+    [ended] = [e for e in got["scores"] if isinstance(e, SequenceFinished)]
+    assert len(ended.alpha_scores) == 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 50.0])
+def test_too_few_candidates_are_noticed_and_the_token_drawn_anew(tmp_path, temperature):
+    """Flat distributions over more ids than there are candidates: the same tokens, none lost or told twice."""
+    pair = make_pair(tmp_path, "llama", vocab_size=288)
+    requests = [
+        generation("flat", n=3, sampling=Sampling(temperature, 0.99, seed=1)),
+        generation("many", b"abc", sampling=Sampling(temperature, 0.999, 150, seed=2)),
+        generation("sharp", b"abc", sampling=Sampling(0.0)),
+    ]
+    wanted = run(engine_of(pair, "off"), *requests)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lda_service.engine.static_decoder.CANDIDATES", 4)
+        engine = engine_of(pair)
+        redrawn = count_calls(patch, engine._static, "redraw")
+        got = run(engine, *requests)
+    assert told(got) == told(wanted)
+    assert 0 < len(redrawn) < 4 * 4, "each sequence asks for more a few times, not at every token"
+
+
+def count_calls(patch, owner, name):
+    calls, method = [], getattr(owner, name)
+    patch.setattr(owner, name, lambda *arguments: (calls.append(arguments), method(*arguments))[1])
+    return calls
+
+
+def test_one_step_runs_ahead(llama, monkeypatch):
+    """The next step is launched before the host looks at what the last one drew, and rows that end waste one draw."""
+    engine = engine_of(llama)
+    log = []
+    for name in ("launch", "follow", "outcomes"):
+        method = getattr(engine._static, name)
+        monkeypatch.setattr(
+            engine._static, name, lambda *a, name=name, method=method: (log.append(name), method(*a))[1]
+        )
+    events = run(engine, generation("r", new=6))
+    assert log == ["launch", "follow", "outcomes", "follow", "outcomes", "follow", "outcomes", "follow", "outcomes"] + [
+        "outcomes"
+    ]
+    assert len(logprobs(events["r"])) == 6
+
+
+def test_a_row_that_ends_by_surprise_gives_nothing_more(llama):
+    """A stop string ends a row while its next token is on the way: neighbours and a newcomer on its pages go on."""
+    free = [outcome(e) for e in run(engine_of(llama, "off"), generation("r", n=4, new=30)).values()]
+    letters = next(text for (text, _) in free[0].values() if isinstance(text, str))
+    stop = letters[8:10]
+    requests = [
+        generation("stops", stopping=Stopping(30, ignore_eos=True, stop_strings=(stop,))),
+        generation("goes on", b"xyz", new=30, sampling=Sampling(seed=3)),
+        generation("waits", b"later", n=3, new=30, sampling=Sampling(seed=4)),
+    ]
+    limits = dict(max_running_sequences=2, page_tokens=4, kv_cache_tokens=160)
+    wanted, got = (run(engine_of(llama, static, **limits), *requests) for static in ("off", "on"))
+    assert told(got) == told(wanted)
+    assert any(isinstance(e, SequenceFinished) and e.stop_string for e in got["stops"])
+
+
+def test_a_cancelled_request_gives_nothing_more(llama):
+    """Cancelled while its tokens are on the way; a request that comes then gets its rows, and its own tokens."""
+
+    def between(engine, step):
+        if step == 6:
+            engine.cancel("goes")
+            engine.submit(generation("comes", b"abc", n=4, sampling=Sampling(seed=9)))
+
+    limits = dict(max_running_sequences=4, page_tokens=4)
+    got = run(engine_of(llama, **limits), generation("goes", n=4, new=60), between=between)
+    wanted = run(engine_of(llama, "off"), generation("comes", b"abc", n=4, sampling=Sampling(seed=9)))
+    assert told(got)["comes"] == told(wanted)["comes"]
+    assert not any(isinstance(e, SequenceFinished) for e in got["goes"])
+
+
+def test_an_engine_whose_last_request_was_cancelled_starts_afresh(llama):
+    """What was on its way when the engine became idle is not told later."""
+    engine = engine_of(llama)
+    run(engine, generation("goes"), between=lambda e, step: e.cancel("goes") if step == 5 else None)
+    got = run(engine, generation("comes", b"abc"))
+    assert told(got) == told(run(engine_of(llama, "off"), generation("comes", b"abc")))
+
+
+def test_broken_logits_end_the_request(llama, monkeypatch):
+    """NaN logits in a static step fail their request, and only it."""
+    engine = engine_of(llama)
+    runner = engine.models.runners[0]
+    decode = runner.decode_static
+
+    def spoilt(inputs, paged):
+        logits = decode(inputs, paged)
+        return torch.where(inputs.ids == 7, torch.nan, logits) if len(logits) else logits
+
+    monkeypatch.setattr(runner, "decode_static", spoilt)
+    fine = generation("fine", b"abc", sampling=Sampling(seed=1))
+    broken = run(engine, fine, *[generation(f"r{i}", b"abc", sampling=Sampling(2.0, 1.0, seed=i)) for i in range(9)])
+    for name, events in broken.items():
+        drew_seven = any(7 in ids for _, ids in [v for v in outcome(events).values() if isinstance(v[1], tuple)])
+        assert isinstance(events[-1], RequestFailed) == (drew_seven and not isinstance(events[-1], SequenceFinished))
+
+
+def test_one_shape_for_all(llama):
+    """A deterministic engine makes steps of one shape, whoever is there; tokens are as ever."""
+    engine = engine_of(llama, deterministic=True)
+    got = run(engine, *MIXED)
+    assert {(b.rows, b.context, b.candidates) for b in engine._static._steps} == {(8, 600, llama.vocabulary_size)}
+    assert told(got) == told(run(engine_of(llama, "off"), *MIXED))
+
+
+def test_few_steps_are_kept(llama, monkeypatch):
+    """The step that was not used for longest makes room, and is made again when it is needed."""
+    monkeypatch.setattr("lda_service.engine.static_decoder.KEPT_STEPS", 2)
+    engine = engine_of(llama)
+    got = run(engine, *MIXED)
+    assert len(engine._static._steps) <= 2
+    assert told(got) == told(run(engine_of(llama, "off"), *MIXED))
+
+
+def test_static_steps_are_for_cuda_unless_asked_for(llama):
+    """On a CPU, "auto" is as "off": no scratch slots, no static decoder."""
+    assert engine_of(llama, "auto")._static is None
+    assert engine_of(llama, "on")._static is not None
+    with pytest.raises(ConfigError, match="static_step"):
+        EngineConfig(static_step="yes")
+
+
+arrivals = st.lists(
+    st.tuples(st.integers(0, 6), generations, st.one_of(st.none(), st.integers(1, 8))), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(arrivals=arrivals, rows=st.integers(1, 6), pages=st.integers(12, 40), candidates=st.sampled_from([4, 256]))
+def test_any_mix_in_static_steps_is_as_alone_in_ordinary_ones(llama, arrivals, rows, pages, candidates):
+    """Requests that come and are cancelled at any step, rows and pages scarce, candidates too few or enough."""
+    limits = dict(max_running_sequences=rows, page_tokens=4, kv_cache_tokens=pages * 4)
+    requests = {f"r{i}": (at, make(f"r{i}", what), cancel) for i, (at, what, cancel) in enumerate(arrivals)}
+    known, cancelled = set(), set()
+
+    def between(engine, step):
+        for name, (at, request, cancel) in requests.items():
+            if at == step:
+                try:
+                    engine.submit(request)
+                except Exception:
+                    continue  # larger than this small cache
+                known.add(name)
+            elif cancel is not None and at + cancel == step:
+                engine.cancel(name)
+                cancelled.add(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lda_service.engine.static_decoder.CANDIDATES", candidates)
+        engine = engine_of(llama, **limits)
+        events = []
+        for step in range(2000):
+            between(engine, step)
+            if step > 6 and not engine.has_work:
+                break
+            events += engine.step()
+            engine.scheduler.check_integrity()
+        engine.check_integrity()
+    for name in known - cancelled:
+        wanted = run(engine_of(llama, "off", max_running_sequences=16), requests[name][1])
+        assert outcome([e for e in events if e.request_id == name]) == told(wanted)[name]
+
+
+def test_branches_cover_what_static_steps_split():
+    """The property above has rows of every kind: one model, the other, both."""
+    assert {branch.alpha for branches in BRANCHES.values() for branch in branches} >= {-1.0, 0.0, 1.5}
