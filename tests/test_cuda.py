@@ -9,7 +9,7 @@ from tiny_models import save_model
 
 from lda_service.config import EngineConfig, PairConfig
 from lda_service.engine.engine import Engine
-from lda_service.engine.paged_attention import find_kernel
+from lda_service.engine.paged_attention import Kind, find_kernel
 from lda_service.engine.pair import load_pair
 from lda_service.engine.static_step import Bucket, StaticStep
 
@@ -71,4 +71,7 @@ def test_two_streams_give_the_logits_of_one(folders):
 
 def test_the_paged_kernel_passes_its_check():
     """If not, rows gather their context, and the log says why: then read that here."""
-    assert find_kernel(torch.device("cuda"), torch.bfloat16, 256, {(8, 8, 64), (8, 2, 64), (32, 8, 128)}) is not None
+    kinds = {Kind(torch.bfloat16, *shape) for shape in ((8, 8, 64), (8, 2, 64), (32, 8, 128))}
+    kernel = find_kernel(torch.device("cuda"), 256, kinds)
+    assert kernel is not None
+    assert kernel.layouts.keys() == kinds

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_static_step import MIXED, engine_of, llama, run, told  # noqa: F401
 
 from lda_service.engine.paged_attention import (
+    Kind,
     Lane,
     Layout,
     PagedBatch,
@@ -20,7 +21,8 @@ from lda_service.engine.paged_attention import (
 from lda_service.engine.static_decoder import StaticDecoder
 
 CPU = torch.device("cpu")
-SHAPE = (4, 2, 8)
+KIND = Kind(torch.float32, 4, 2, 8)
+LAYOUTS = {KIND: (Layout.HEADS_FIRST, Layout.HEADS_FIRST)}
 
 
 def stand_in(single=Layout.HEADS_FIRST, many=Layout.HEADS_FIRST, error=0.0):
@@ -52,19 +54,30 @@ def stand_in(single=Layout.HEADS_FIRST, many=Layout.HEADS_FIRST, error=0.0):
 @pytest.mark.parametrize("many", Layout)
 def test_the_check_finds_the_layouts(single, many):
     """Whatever the layout of the log-sum-exp, with one query for each sequence and with more."""
-    found = check_kernel(stand_in(single, many), CPU, torch.bfloat16, 256, SHAPE)
-    assert (found.single, found.many) == (single, many)
+    kind = KIND._replace(dtype=torch.bfloat16)
+    assert check_kernel(stand_in(single, many), CPU, 256, kind) == (single, many)
 
 
 @pytest.mark.parametrize(("kernel", "page"), [(stand_in(error=0.3), 256), (stand_in(), 16)])
 def test_the_check_refuses(kernel, page):
     """Wrong answers, and pages that the kernel cannot have."""
     with pytest.raises(ValueError, match=r"other answers|multiple of 256"):
-        check_kernel(kernel, CPU, torch.float32, page, SHAPE)
+        check_kernel(kernel, CPU, page, KIND)
 
 
 def test_no_kernel_on_a_cpu():
-    assert find_kernel(CPU, torch.bfloat16, 256, {SHAPE}) is None
+    """Nor a warning: rows gather their context there, as ever."""
+    assert find_kernel(CPU, 256, {KIND}) is None
+
+
+def test_a_layer_that_was_not_checked_is_not_taken():
+    """Another type, other heads, or values unlike the keys: such layers gather their context."""
+    kernel = PagedKernel(stand_in(), 4, LAYOUTS)
+    query, key = torch.zeros(3, 4, 1, 8), torch.zeros(3, 2, 1, 8)
+    assert kernel.takes(query, key, key)
+    assert not kernel.takes(query.bfloat16(), key, key)
+    assert not kernel.takes(query, key[:, :1], key[:, :1])
+    assert not kernel.takes(query, key, key[..., :4])
 
 
 lanes = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3)), max_size=3)
@@ -90,9 +103,7 @@ def test_any_rows_attend_to_their_prompt_and_their_own_pages(groups, spare):
         torch.randn(n, h, 8) for n, h in ((count, 4), ((scratch + 1) * page, 2), ((scratch + 1) * page, 2))
     )
     positions = torch.zeros(count, 1, dtype=torch.int64)
-    batch = PagedBatch(
-        PagedKernel(stand_in(), page, Layout.HEADS_FIRST, Layout.HEADS_FIRST), count, 18, scratch, positions
-    )
+    batch = PagedBatch(PagedKernel(stand_in(), page, LAYOUTS), count, 18, scratch, positions)
     batch.load([Lane(prompt_pages, prompt, own_pages) for prompt_pages, prompt, _, own_pages in rows])
     positions[: len(rows), 0] = torch.tensor([prompt + own - 1 for _, prompt, own, _ in rows], dtype=torch.int64)
     out = batch.attend(query, keys, values, 0.3)
@@ -113,7 +124,7 @@ def test_an_engine_on_the_paged_kernel_draws_the_same_tokens(llama):  # noqa: F8
     engine._static = StaticDecoder(
         engine.models,
         engine.sampler,
-        PagedKernel(lambda *a, **k: (called.append(1), kernel(*a, **k))[1], 4, Layout.HEADS_FIRST, Layout.HEADS_FIRST),
+        PagedKernel(lambda *a, **k: (called.append(1), kernel(*a, **k))[1], 4, LAYOUTS),
     )
     assert told(run(engine, *MIXED)) == told(run(engine_of(llama, "off"), *MIXED))
     assert called

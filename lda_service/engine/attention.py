@@ -77,7 +77,8 @@ def attend(
         )
         return out.to(query.dtype), None
     kv.store(layer, key, value)
-    if kv.paged is not None and sliding_window is None and softcap is None and s_aux is None:
+    is_plain = sliding_window is None and softcap is None and s_aux is None
+    if kv.paged is not None and is_plain and kv.paged.kernel.takes(query, key, value):
         keys, values = kv.tensors(layer)
         return kv.paged.attend(query[:, :, 0], keys, values, scale)[:, None], None
     settings = _Settings(layer, scale, sliding_window, softcap, s_aux)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 PAGE_MULTIPLE = 256
@@ -41,21 +41,34 @@ class Layout(Enum):
         return lse.reshape(kv_heads, queries, heads // kv_heads).transpose(0, 1).reshape(queries, heads)
 
 
-@dataclass(frozen=True, slots=True)
+class Kind(NamedTuple):
+    """What a layer's attention is like, as far as a kernel may care."""
+
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PagedKernel:
     """A kernel that passed the check.
 
     Attributes:
         call: `varlen_attn`, or what takes its place.
         page_tokens: positions of a page.
-        single: layout of its log-sum-exp where each sequence has one query; the kernel has a path of its own for that.
-        many: layout where one has more.
+        layouts: what it passed the check for, and how it lays out its log-sum-exp there: where each sequence has one
+            query (the kernel has a path of its own for that), and where one has more.
     """
 
     call: Callable[..., Any]
     page_tokens: int
-    single: Layout
-    many: Layout
+    layouts: Mapping[Kind, tuple[Layout, Layout]]
+
+    def takes(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether it was found right for such a layer; all of shape (rows, heads or kv_heads, queries, head_dim)."""
+        kind = Kind(query.dtype, query.shape[1], key.shape[1], query.shape[3])
+        return kind in self.layouts and key.shape == value.shape
 
     def __call__(
         self,
@@ -94,7 +107,8 @@ class PagedKernel:
             return_aux=AuxRequest(lse=True), scale=scale, enable_gqa=query.shape[1] != keys.shape[1],
             seqused_k=lengths, block_table=table, num_splits=1,
         )  # fmt: skip
-        layout = self.single if max_queries == 1 else self.many
+        single, many = self.layouts[Kind(query.dtype, query.shape[1], keys.shape[1], query.shape[2])]
+        layout = single if max_queries == 1 else many
         lse = layout.by_query(lse, len(query), query.shape[1], keys.shape[1])
         # The kernel says +inf where it saw no key.
         return out.float(), torch.where(lse == torch.inf, -torch.inf, lse)
@@ -170,25 +184,25 @@ def _pad(values: list[int], length: int) -> list[int]:
     return values + [0] * (length - len(values))
 
 
-def find_kernel(
-    device: torch.device, dtype: torch.dtype, page_tokens: int, shapes: set[tuple[int, int, int]]
-) -> PagedKernel | None:
-    """The kernel, if it is right on this machine for every (heads, kv_heads, head_dim); says so in the log if not."""
+def find_kernel(device: torch.device, page_tokens: int, kinds: set[Kind]) -> PagedKernel | None:
+    """The kernel, for those kinds of layers for which it is right on this machine; the log says where it is not."""
     if device.type != "cuda":
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
-
-        found = {check_kernel(varlen_attn, device, dtype, page_tokens, shape) for shape in shapes}
-    except Exception as error:  # what an unsupported kernel raises is its own choice
-        logger.warning("paged attention cannot be used, rows gather their context instead: %s", error)
+    except ImportError as error:
+        logger.warning("no paged attention, rows gather their context instead: %s", error)
         return None
-    return found.pop() if len(found) == 1 else None
+    layouts = {}
+    for kind in sorted(kinds, key=str):
+        try:
+            layouts[kind] = check_kernel(varlen_attn, device, page_tokens, kind)
+        except Exception as error:  # what an unsupported kernel raises is its own choice
+            logger.warning("no paged attention for %s, rows gather their context instead: %s", kind, error)
+    return PagedKernel(varlen_attn, page_tokens, layouts) if layouts else None
 
 
-def check_kernel(
-    call: Callable[..., Any], device: torch.device, dtype: torch.dtype, page_tokens: int, shape: tuple[int, int, int]
-) -> PagedKernel:
+def check_kernel(call: Callable[..., Any], device: torch.device, page_tokens: int, kind: Kind) -> tuple[Layout, Layout]:
     """Run the kernel on rows with known answers, one query each and in groups; says in which layouts it answers.
 
     Raises:
@@ -196,7 +210,7 @@ def check_kernel(
     """
     if page_tokens % PAGE_MULTIPLE:
         raise ValueError(f"a page has {page_tokens} positions, not a multiple of {PAGE_MULTIPLE}")
-    heads, kv_heads, head_dim = shape
+    dtype, heads, kv_heads, head_dim = kind
     rows = heads + 1  # unlike the heads, so that the layout shows
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(rows, heads, head_dim, generator=generator).to(device, dtype)
@@ -206,14 +220,15 @@ def check_kernel(
     tensors = query, keys, values
     # The last row sees nothing, as rows that stand for nobody do.
     lengths = [page_tokens + 7, 5, 2 * page_tokens] + [9] * (rows - 3)
-    single = _layout(call, page_tokens, tensors, list(range(rows + 1)), [*lengths[:-1], 0], 1)
-    many = _layout(call, page_tokens, tensors, [0, 1, rows - 1, rows, rows], [page_tokens + 7, 5, 0, 0], rows)
-    return PagedKernel(call, page_tokens, single, many)
+    single = _layout(call, page_tokens, kind, tensors, list(range(rows + 1)), [*lengths[:-1], 0], 1)
+    many = _layout(call, page_tokens, kind, tensors, [0, 1, rows - 1, rows, rows], [page_tokens + 7, 5, 0, 0], rows)
+    return single, many
 
 
 def _layout(
     call: Callable[..., Any],
     page_tokens: int,
+    kind: Kind,
     tensors: tuple[Tensor, Tensor, Tensor],
     bounds: list[int],
     lengths: list[int],
@@ -227,7 +242,7 @@ def _layout(
     scale = tensors[0].shape[2] ** -0.5
     wanted = reference(*tensors, bound, length, table, page_tokens, scale)
     for layout in Layout:
-        kernel = PagedKernel(call, page_tokens, layout, layout)
+        kernel = PagedKernel(call, page_tokens, {kind: (layout, layout)})
         got = kernel(*tensors, bound, length, table, max_queries=max_queries, scale=scale)
         if all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(got, wanted, strict=True)):
             return layout

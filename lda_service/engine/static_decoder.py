@@ -2,7 +2,9 @@
 
 A launch draws one token for each of its sequences. As long as the same sequences go on, the next launch follows without
 the host having seen the last one's tokens. A sequence that turns out to have ended is run once more, for nothing: that
-writes within the pages it had, before whoever gets them next writes there, and what it drew is not accepted.
+writes within the pages it had, before whoever gets them next writes there, and what it drew is not accepted. What is
+on its way when a request is cancelled or its time is up is not accepted either. Pages must be reserved for a
+sequence's longest course when it starts, as they are: a step ahead writes where the host has not looked yet.
 
 Determinism: a draw's noise hangs on the sequence and the position alone, so neither company nor the launch ahead
 changes it. The last bits of the logits may hang on a step's shape. With `one_shape`, every step has the most rows, the
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lda_service.engine.cuda_graph import Graphs, HostCopy
-from lda_service.engine.paged_attention import Lane, find_kernel
+from lda_service.engine.paged_attention import Kind, Lane, find_kernel
 from lda_service.engine.sampling import CANDIDATES
 from lda_service.engine.static_step import Bucket, StaticStep
 
@@ -197,16 +199,14 @@ def wanted(config: EngineConfig, device: torch.device) -> bool:
 
 
 def kernel_for(pair: Pair, page_tokens: int) -> PagedKernel | None:
-    """The paged kernel, if it is right for both models on this machine."""
-    shapes, dtypes = set(), set()
+    """The paged kernel, for those layers of the two models for which it is right on this machine."""
+    kinds = set()
     for model in (pair.after, pair.before):
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        shapes.add((heads, getattr(config, "num_key_value_heads", None) or heads, head_dim))
-        dtypes.add(model.dtype)
-    found = {find_kernel(pair.after.device, dtype, page_tokens, shapes) for dtype in dtypes}
-    return found.pop() if len(found) == 1 else None
+        kinds.add(Kind(model.dtype, heads, getattr(config, "num_key_value_heads", None) or heads, head_dim))
+    return find_kernel(pair.after.device, page_tokens, kinds)
 
 
 def sampling(sequence: Sequence) -> Sampling:
