@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lda_service.engine import static_decoder
 from lda_service.engine.amplify import amplify, score
 from lda_service.engine.detokenizer import TextStream
 from lda_service.engine.evidence import diagnose
 from lda_service.engine.lockstep import runner_for
-from lda_service.engine.memory import default_cache_tokens
+from lda_service.engine.memory import default_cache_tokens, page_tokens
 from lda_service.engine.pages import PagePool
 from lda_service.engine.request import (
     Admitted,
@@ -42,6 +43,7 @@ from lda_service.engine.request import (
 from lda_service.engine.sampling import Drawn, RowSampling, Sampler, sequence_key
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
 from lda_service.engine.selfcheck import decodes_alone_as_in_company
+from lda_service.engine.static_decoder import StaticDecoder
 from lda_service.errors import ConfigError, ContextExceeded, InternalError, PromptUnusable, QueueFull
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from lda_service.engine.pair import Pair
     from lda_service.engine.request import Diagnostics
     from lda_service.engine.scheduler import Plan, PrefillChunk
+    from lda_service.engine.static_decoder import Launch
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +104,18 @@ class Engine:
         self.device = pair.after.device
         self.context_tokens = pair.info.context_tokens
         tokens = config.kv_cache_tokens or default_cache_tokens(pair, config)
-        pool = PagePool(max(1, tokens // config.page_tokens), config.page_tokens)
+        is_static = static_decoder.wanted(config, pair)
+        is_invariant = pair.backend.invariant and pair.adapted_rows is None
+        # Where a row's bits hang on the shape of a step, only steps of the same shapes for the same request will do.
+        self._one_by_one = config.deterministic and not is_invariant
+        page = page_tokens(config, self.device)
+        pool = PagePool(max(1, tokens // page), page, shares_prompts=not self._one_by_one)
         self.scheduler = Scheduler(
             pool,
             config.max_running_sequences,
             config.prefill_chunk_tokens,
-            reserve_pages=config.reserve_pages or config.deterministic,
+            # A static step runs ahead of the host and writes a position that growing pages would not hold yet.
+            reserve_pages=config.reserve_pages or config.deterministic or is_static,
         )
         slots = (pool.num_pages + 1) * pool.page_tokens  # with a page that belongs to nobody
         rows = config.max_running_sequences
@@ -117,14 +126,19 @@ class Engine:
         forbidden[list(pair.shared_ids)] = False
         self.sampler = Sampler(pair.vocabulary_size, forbidden, pair.backend.kernels)
         self._shared = frozenset(pair.shared_ids)
+        self._static: StaticDecoder | None = None
+        if is_static:
+            kernel = static_decoder.kernel_for(pair, page)
+            self._static = StaticDecoder(self.models, self.sampler, kernel, one_shape=config.deterministic)
+        self._ahead: Launch | None = None
         self._settings_of: list[Sequence] = []
         self._settings: RowSampling
 
-        invariant = pair.backend.invariant and pair.adapted_rows is None
-        if config.deterministic and not (invariant and decodes_alone_as_in_company(self)):
+        able = is_invariant or is_static
+        if config.deterministic and not (able and decodes_alone_as_in_company(self)):
             raise ConfigError(
                 "These models cannot be decoded deterministically here: on this device, a sequence's logits depend on "
-                "its company. Leave out --deterministic; on a CPU, the native kernels allow it."
+                "its company. Leave out --deterministic; the native kernels on a CPU and static steps on CUDA allow it."
             )
 
     # What the owner calls -------------------------------------------------------------------------------------------
@@ -195,11 +209,8 @@ class Engine:
         if plan.prefill is not None:
             self._prefill(plan.prefill)
         started = self._admit()
-        if plan.decode or started:
-            batch = self._run_both(plan.decode, started)
-            self._rule_out(batch)
-            self._amplify_and_sample(batch)
-            self._advance(batch)
+        decode = plan.decode if self._static is None else self._decode_ahead(self._static, plan.decode)
+        self._decode(decode, started)
         events, self._events = self._events, []
         return events
 
@@ -314,6 +325,32 @@ class Engine:
             self.models.assign(sequence, sequence.tables)
         return started
 
+    # One step ahead, in static steps --------------------------------------------------------------------------------
+
+    def _decode_ahead(self, static: StaticDecoder, decode: list[Sequence]) -> list[Sequence]:
+        """Launch the next static step, then hand out what the last one drew; returns rows for an ordinary step."""
+        last, self._ahead = self._ahead, None
+        if last is not None:
+            if static.continues(last, [s for s in decode if _allows_static(s)]):
+                self._ahead = static.follow(last)
+            self._collect(static, last)
+        decode = [sequence for sequence in decode if sequence.row >= 0]
+        if self._ahead is None:
+            fitting = [sequence for sequence in decode if _allows_static(sequence)]
+            self._ahead = static.launch(fitting, self._columns) if fitting else None
+        running = set(self._ahead.sequences) if self._ahead else set()
+        return [sequence for sequence in decode if sequence not in running]
+
+    def _collect(self, static: StaticDecoder, launch: Launch) -> None:
+        """Report what a launch drew."""
+        now = self.clock()
+        for drawn in static.outcomes(launch):
+            if drawn.enough:
+                self._accept(drawn.sequence, drawn.token, drawn.logprob, drawn.sound, None, now)
+            else:
+                static.redraw(drawn.sequence, self._ahead)
+                self._decode([drawn.sequence], [])
+
     # Run both -------------------------------------------------------------------------------------------------------
 
     def _prefill(self, chunk: PrefillChunk) -> None:
@@ -342,6 +379,18 @@ class Engine:
         """The logits after the prompts: each of shape (sequences, vocabulary), as `PairRunner.decode` says."""
         after, before = (torch.stack([_prompt_logits(sequence.job, side) for sequence in sequences]) for side in (0, 1))
         return after, before
+
+    def _decode(self, decode: list[Sequence], started: list[Sequence]) -> None:
+        """An ordinary step: one token for each sequence."""
+        if self._one_by_one and len(decode) + len(started) > 1:
+            for sequence in decode + started:
+                if sequence.row >= 0:  # nothing before it ended its request
+                    self._decode(*(([sequence], []) if sequence in decode else ([], [sequence])))
+        elif decode or started:
+            batch = self._run_both(decode, started)
+            self._rule_out(batch)
+            self._amplify_and_sample(batch)
+            self._advance(batch)
 
     def _run_both(self, decode: list[Sequence], started: list[Sequence]) -> Batch:
         """Both models' next-token logits for every row: decoded ones, then those that start from their prompt's."""
@@ -402,17 +451,21 @@ class Engine:
         now = self.clock()
         tokens, logprobs, sound = (column.tolist() for column in batch.drawn)
         for i, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=True)):
-            if sequence.job.request.request_id not in self._jobs:
-                continue
-            if not sound[i]:
-                self._fail(sequence)
-                continue
-            if not sequence.tokens:
-                sequence.state.first_token_at = now
-            sequence.tokens.append(token)
-            logprob = logprobs[i] if logprobs[i] == logprobs[i] else None
-            piece = self.pair.pieces.piece(token)
-            self._report(sequence, TokenRecord(token, piece, logprob, diagnostics.get(i)), now)
+            if sequence.row >= 0:
+                self._accept(sequence, token, logprobs[i], sound[i], diagnostics.get(i), now)
+
+    def _accept(
+        self, sequence: Sequence, token: int, logprob: float, sound: bool, diagnostics: Diagnostics | None, now: float
+    ) -> None:
+        """Append a drawn token and report it; end the request if its logits were not finite. NaN `logprob`: none."""
+        if not sound:
+            self._fail(sequence)
+            return
+        if not sequence.tokens:
+            sequence.state.first_token_at = now
+        sequence.tokens.append(token)
+        known = logprob if logprob == logprob else None
+        self._report(sequence, TokenRecord(token, self.pair.pieces.piece(token), known, diagnostics), now)
 
     def _fail(self, sequence: Sequence) -> None:
         """The models gave NaN or infinity (a float16 overflow, broken weights): end the request, invent nothing."""
@@ -497,6 +550,8 @@ class Engine:
 
     def _forget(self, owner: Sequence | Job) -> None:
         self.models.forget(owner)
+        if self._static is not None:
+            self._static.forget(owner)
 
     # Evidence -------------------------------------------------------------------------------------------------------
 
@@ -594,6 +649,13 @@ def _compares(request: GenerationRequest) -> bool:
     """Whether anything but the combination of the two models' logits is looked at."""
     evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
     return evidence or request.sampling.plausibility > 0
+
+
+def _allows_static(sequence: Sequence) -> bool:
+    """Whether a static step can draw its next token: nothing but the token is asked for, and it may end."""
+    request = _request(sequence)
+    needs_evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
+    return not needs_evidence and len(sequence.tokens) >= request.stopping.min_new_tokens
 
 
 def _needs(request: GenerationRequest, branch: Branch) -> tuple[bool, bool]:

@@ -103,6 +103,26 @@ class PairRunner:
             seconds[compared] = logits[len(sequences) :]
         return firsts, seconds
 
+    @property
+    def native(self) -> tuple[ModelRunner, ...]:
+        """The runners, where both models run through this engine's cache."""
+        assert all(isinstance(runner, ModelRunner) for runner in self.runners)
+        return self.runners  # type: ignore[return-value]
+
+    def note_decoded(self, sequences: list[Sequence], positions: list[int]) -> None:
+        """A static step runs these positions of the sequences, in the models that each needs."""
+        for sequence, position in zip(sequences, positions, strict=True):
+            for runner, needs in zip(self.native, sequence.needs, strict=True):
+                if needs:
+                    runner.cache.advance(sequence, position, position + 1)
+        self._check_lock_step(sequences)
+
+    def rewind(self, sequence: Sequence) -> None:
+        """The sequence's last token, and what was run behind it, will be run again."""
+        for runner, needs in zip(self.native, sequence.needs, strict=True):
+            if needs:
+                runner.cache.rewind(sequence, sequence.length - 1)
+
     def forget(self, owner: Sequence | Job) -> None:
         """The owner's slots were given back."""
         for runner in self.runners:

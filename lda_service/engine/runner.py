@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lda_service.engine.native import Kernels
+    from lda_service.engine.paged_attention import PagedBatch
     from lda_service.engine.pages import PageTable
     from lda_service.engine.scheduler import PrefillChunk, Sequence
 
@@ -24,6 +25,10 @@ class SlotMap:
 
     def __init__(self, rows: int, context: int, device: torch.device) -> None:
         self.slots = torch.zeros(rows, context, dtype=torch.int64, device=device)
+
+    def add_nobody(self, slot: int) -> None:
+        """One row more, behind the others, whose positions all stand in this slot, which belongs to nobody."""
+        self.slots = torch.cat([self.slots, torch.full_like(self.slots[:1], slot)])
 
     def assign(self, row: int, *tables: PageTable) -> None:
         """Give a row the positions of these tables."""
@@ -129,6 +134,11 @@ class ModelRunner:
             self.cache.advance(sequence, sequence.length - 1, sequence.length)
         return values
 
+    def decode_static(self, inputs: PassInputs, paged: PagedBatch | None) -> Tensor:
+        """Run one query of each row on torch's operators and note nothing: float32 logits, shape (rows, vocabulary)."""
+        view = CacheView(self.cache, inputs, None, paged)
+        return fit(self._pass(self.model, inputs, view, logits_to_keep=1).logits[:, -1], self.vocabulary)
+
     def logits(self, inputs: PassInputs, logits_to_keep: int) -> Tensor:
         """One pass; float32 logits of the last positions, shape (rows, logits_to_keep, vocabulary)."""
         output = self._pass(self.model, inputs, logits_to_keep=logits_to_keep)
@@ -139,6 +149,6 @@ class ModelRunner:
         states: Tensor = self._pass(self.model.base_model, inputs).last_hidden_state[:, -1]
         return states
 
-    def _pass(self, module: nn.Module, inputs: PassInputs, **options: int) -> Any:
-        view = CacheView(self.cache, inputs, self.kernels)
+    def _pass(self, module: nn.Module, inputs: PassInputs, view: CacheView | None = None, **options: int) -> Any:
+        view = view or CacheView(self.cache, inputs, self.kernels)
         return module(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, kv=view, **options)

@@ -82,6 +82,27 @@ class Sampler:
         sound = amplified.amax(1).isfinite()
         return Drawn(*sample(amplified, rows), sound)
 
+    def draw_capturable(
+        self, after: Tensor, before: Tensor, rows: RowSampling, candidates: int
+    ) -> tuple[Drawn, Tensor]:
+        """`draw` on torch's operators without a look at any value, so that a CUDA graph can be made of it.
+
+        Args:
+            after: see `draw`.
+            before: see `draw`.
+            rows: see `draw`.
+            candidates: how many of the largest logits the filters look at; 0 if no row has a filter.
+
+        Returns:
+            what `draw` returns, and whether the candidates were enough: bool, shape (rows,). Where they were not, the
+            token means nothing, and the row must be drawn by `draw`.
+        """
+        after, before = self.forbid(after), self.forbid(before)
+        amplified = amplify(after, before, rows.alpha, capturable=True)
+        amplified = mask_implausible(amplified, after, rows.plausibility)
+        tokens, logprobs, enough = sample_capturable(amplified, rows, candidates)
+        return Drawn(tokens, logprobs, amplified.amax(1).isfinite()), enough
+
     def forbid(self, logits: Tensor) -> Tensor:
         """Rule out the ids that may never be drawn."""
         return logits + self._mask if self._has_forbidden else logits
@@ -163,6 +184,35 @@ def sample(logits: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
     return tokens, logprobs
 
 
+def sample_capturable(logits: Tensor, rows: RowSampling, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`sample` in fixed shapes: every way to draw is computed for every row, and each row takes its own.
+
+    Args:
+        logits: see `sample`.
+        rows: see `sample`.
+        candidates: see `Sampler.draw_capturable`.
+
+    Returns:
+        ids, log-probabilities, and whether the candidates were enough: bool, shape (rows,).
+    """
+    warm = rows.temperature > 0
+    filtered = warm & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+    relative = logits - logits.amax(1, keepdim=True)
+    scaled = relative / torch.where(warm, rows.temperature, 1.0)[:, None]
+    tokens, logprobs = _draw_all(scaled, rows)
+    enough = ~filtered
+    if candidates:
+        values, ids = scaled.topk(candidates, dim=1)
+        threshold = _threshold(values, scaled, rows)
+        settled = (values[:, -1] < threshold[:, 0]) & (rows.top_k <= candidates)
+        enough = torch.ones_like(settled) if candidates == scaled.shape[1] else enough | settled
+        among = _draw_among(values.masked_fill(values < threshold, -torch.inf), ids, rows)
+        tokens, logprobs = (
+            torch.where(filtered, few, all_) for few, all_ in zip(among, (tokens, logprobs), strict=True)
+        )
+    return torch.where(warm, tokens, logits.argmax(1)), torch.where(warm, logprobs, torch.nan), enough
+
+
 def _draw_all(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
     """Draw from the whole softmax."""
     every = torch.arange(scaled.shape[1], device=scaled.device)[None]
@@ -172,7 +222,11 @@ def _draw_all(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
 
 def _draw_filtered(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
     """Draw among the candidates that pass top_k, then top_p, then min_p."""
-    values, ids = _kept_candidates(scaled, rows)
+    return _draw_among(*_kept_candidates(scaled, rows), rows)
+
+
+def _draw_among(values: Tensor, ids: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
+    """Draw from the softmax of `values`, which belong to `ids`."""
     best = (values + gumbel_noise(rows.keys, rows.positions, ids)).argmax(1, keepdim=True)
     return ids.gather(1, best)[:, 0], values.gather(1, best)[:, 0] - values.logsumexp(1)
 
