@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lda_service import __version__
-from lda_service.config import DTYPES, Config, EngineConfig, PairConfig, ServerConfig, pair_ids
+from lda_service.config import DTYPES, SPECULATION, Config, EngineConfig, PairConfig, ServerConfig, pair_ids
 from lda_service.errors import LdaError
 from lda_service.telemetry import configure_logging
 
@@ -77,6 +77,14 @@ def main() -> None:
     type=click.IntRange(min=0),
     help="Positions each model's cache holds; 0 means as many as the running sequences need.",
 )
+@click.option(
+    "--speculation",
+    default=ENGINE.speculation,
+    show_default=True,
+    type=click.Choice(SPECULATION),
+    help="Let the after model draft several tokens when few sequences run and it pays. auto: same law, other tokens "
+    "for a seed, and these depend on timing; coupled: same tokens.",
+)
 @click.option("--allow-incompatible", is_flag=True, help="Serve a pair whose vocabularies differ, on its shared ids.")
 @click.option(
     "--drain-grace",
@@ -95,6 +103,7 @@ def serve(
     max_running_sequences: int,
     max_queued_requests: int,
     kv_cache_tokens: int,
+    speculation: str,
     allow_incompatible: bool,
     drain_grace: float,
 ) -> None:
@@ -108,6 +117,7 @@ def serve(
                 max_running_sequences=max_running_sequences,
                 max_queued_requests=max_queued_requests,
                 kv_cache_tokens=kv_cache_tokens,
+                speculation=speculation,
             ),
             server=ServerConfig(host, port, drain_grace),
         )

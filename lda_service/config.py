@@ -12,6 +12,7 @@ from lda_service.errors import ConfigError
 from lda_service.pairs import demo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SPECULATION = ("off", "auto", "coupled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class PairConfig:
 class EngineConfig:
     """Limits of the decoder. Token counts are positions of one sequence or slots of the KV cache.
 
-    `kv_cache_tokens` 0 means: as many as `max_running_sequences` rows of the default length need.
+    `kv_cache_tokens` 0 means: as many as `max_running_sequences` rows of the default length need. `speculation` says
+    whether steps of at most `speculation_max_rows` sequences may draft: "auto" keeps the law of the tokens, "coupled"
+    keeps the tokens of every seed and accepts fewer drafts; both only where measured to pay.
     """
 
     max_running_sequences: int = 64
@@ -50,6 +53,12 @@ class EngineConfig:
     kv_cache_tokens: int = 0
     min_alpha: float = -100.0
     max_alpha: float = 100.0
+    speculation: str = "off"
+    speculation_max_rows: int = 4
+
+    def __post_init__(self) -> None:
+        if self.speculation not in SPECULATION:
+            raise ConfigError(f"Speculation is {self.speculation!r}; use one of {', '.join(SPECULATION)}.")
 
 
 @dataclass(frozen=True, slots=True)

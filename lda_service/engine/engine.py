@@ -2,6 +2,8 @@
 
     step(): schedule, run both, amplify and sample, advance
 
+A step of few rows may run as a block of `speculation` instead, which gives each of them several tokens to advance by.
+
 Knows requests, both runners, the sampler and text streams. Does not know processes, the wire, or wall-clock time: time
 comes from the clock it is given. Not thread-safe: whoever owns the engine calls it from one thread.
 """
@@ -41,6 +43,8 @@ from lda_service.engine.request import (
 )
 from lda_service.engine.sampling import Drawn, RowSampling, Sampler, sequence_key
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
+from lda_service.engine.speculation import Coupled, Rejection, Speculation
+from lda_service.engine.speculation_policy import LENGTHS, Acceptance, Policy
 from lda_service.errors import ContextExceeded, InternalError, PromptUnusable, QueueFull
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ if TYPE_CHECKING:
     from lda_service.config import EngineConfig
     from lda_service.engine.pair import Pair
     from lda_service.engine.request import Diagnostics
-    from lda_service.engine.scheduler import PrefillChunk
+    from lda_service.engine.scheduler import Plan, PrefillChunk
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class JobState:
     alpha_scores: Tensor  # a score's sums so far, (score alphas,), float64
     logits: Tensor | None = None  # (2, vocabulary)
     admitted_at: float = 0.0
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 @dataclass(slots=True)
@@ -110,6 +115,9 @@ class Engine:
         forbidden = torch.ones(pair.vocabulary_size, dtype=torch.bool, device=self.device)
         forbidden[list(pair.shared_ids)] = False
         self.sampler = Sampler(pair.vocabulary_size, forbidden, pair.backend.kernels)
+        rule = Rejection if config.speculation == "auto" else Coupled
+        self.speculation = Speculation(self.models, rule(self.sampler))
+        self.policy = Policy()
         self._shared = frozenset(pair.shared_ids)
         self._settings_of: list[Sequence] = []
         self._settings: RowSampling
@@ -170,11 +178,10 @@ class Engine:
         if plan.prefill is not None:
             self._prefill(plan.prefill)
         started = self._admit()
-        if plan.decode or started:
-            batch = self._run_both(plan.decode, started)
-            self._rule_out(batch)
-            self._amplify_and_sample(batch)
-            self._advance(batch)
+        if self._may_speculate(plan, started):
+            self._step_of_few(_by_prompt(plan.decode))
+        elif plan.decode or started:
+            self._one_token_each(plan.decode, started)
         return self._events
 
     def warm_up(self) -> None:
@@ -275,6 +282,43 @@ class Engine:
             self.models.assign(sequence)
         return started
 
+    def _one_token_each(self, decode: list[Sequence], started: list[Sequence]) -> None:
+        batch = self._run_both(decode, started)
+        self._rule_out(batch)
+        self._amplify_and_sample(batch)
+        self._advance(batch)
+
+    # Speculation ----------------------------------------------------------------------------------------------------
+
+    def _may_speculate(self, plan: Plan, started: list[Sequence]) -> bool:
+        """Few rows and nothing beside them, all drawn from both models, nothing reported but tokens."""
+        if self.config.speculation == "off" or plan.prefill is not None or started:
+            return False
+        few = 0 < len(plan.decode) <= self.config.speculation_max_rows
+        return few and all(_is_plain(sequence) for sequence in plan.decode)
+
+    def _step_of_few(self, sequences: list[Sequence]) -> None:
+        """A block, or an ordinary step, whichever pays; its time tells what pays next."""
+        began = self.clock()
+        room = min(self.scheduler.room(sequence, max(LENGTHS)) for sequence in sequences)
+        requests = list({id(s.job): s.job.state.acceptance for s in sequences}.values())
+        length = self.policy.choose(requests, len(sequences), room)
+        if length:
+            self._block(sequences, length)
+        else:
+            self._one_token_each(sequences, [])
+        self.policy.record(len(sequences), length, self.clock() - began)
+
+    def _block(self, sequences: list[Sequence], length: int) -> None:
+        """Advance each sequence by what its block gave, up to the token that ends it."""
+        yields = self.speculation.run(sequences, length, self._row_sampling(sequences))
+        now = self.clock()
+        for sequence, given in zip(sequences, yields, strict=True):
+            sequence.job.state.acceptance.record(given.accepted, given.tried)
+            for drawn in given.tokens:
+                if sequence.is_running:
+                    self._append(sequence, *drawn, None, now)
+
     # Run both -------------------------------------------------------------------------------------------------------
 
     def _prefill(self, chunk: PrefillChunk) -> None:
@@ -295,8 +339,7 @@ class Engine:
 
     def _run_both(self, decode: list[Sequence], started: list[Sequence]) -> Batch:
         """Both models' next-token logits for every row: decoded ones, then those that start from their prompt's."""
-        # Rows of one prompt stand together, so that its keys and values are read once.
-        decode = sorted(decode, key=lambda sequence: sequence.job.table.pages)  # type: ignore[union-attr]
+        decode = _by_prompt(decode)
         parts = [self.models.decode(decode)] if decode else []
         if started:
             logits = torch.stack([sequence.job.state.logits for sequence in started], 1)
@@ -353,17 +396,21 @@ class Engine:
         now = self.clock()
         tokens, logprobs, sound = (column.tolist() for column in batch.drawn)
         for i, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=True)):
-            if sequence.job.request.request_id not in self._jobs:
-                continue
-            if not sound[i]:
-                self._fail(sequence)
-                continue
-            if not sequence.tokens:
-                sequence.state.first_token_at = now
-            sequence.tokens.append(token)
-            logprob = logprobs[i] if logprobs[i] == logprobs[i] else None
-            piece = self.pair.pieces.piece(token)
-            self._report(sequence, TokenRecord(token, piece, logprob, diagnostics.get(i)), now)
+            if sequence.is_running:
+                self._append(sequence, token, logprobs[i], sound[i], diagnostics.get(i), now)
+
+    def _append(
+        self, sequence: Sequence, token: int, logprob: float, sound: bool, diagnostics: Diagnostics | None, now: float
+    ) -> None:
+        """Append a drawn token and report it; end the request if its logits were not finite."""
+        if not sound:
+            self._fail(sequence)
+            return
+        if not sequence.tokens:
+            sequence.state.first_token_at = now
+        sequence.tokens.append(token)
+        known = logprob if logprob == logprob else None
+        self._report(sequence, TokenRecord(token, self.pair.pieces.piece(token), known, diagnostics), now)
 
     def _fail(self, sequence: Sequence) -> None:
         """The models gave NaN or infinity (a float16 overflow, broken weights): end the request, invent nothing."""
@@ -523,6 +570,18 @@ def _sampling(sequence: Sequence) -> Sampling:
 
 def _stopping(sequence: Sequence) -> Stopping:
     return _request(sequence).stopping
+
+
+def _by_prompt(sequences: list[Sequence]) -> list[Sequence]:
+    """Rows of one prompt stand together, so that its keys and values are read once."""
+    return sorted(sequences, key=lambda sequence: sequence.job.table.pages)  # type: ignore[union-attr]
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether its tokens may be drawn several at a time: from both models, no evidence, no id ruled out for now."""
+    request = _request(sequence)
+    evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
+    return sequence.needs == (True, True) and not evidence and len(sequence.tokens) >= request.stopping.min_new_tokens
 
 
 def _wants_diagnostics(request: GenerationRequest) -> bool:

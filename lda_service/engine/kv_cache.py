@@ -54,6 +54,11 @@ class KVCache:
         assert self.lengths.get(owner, start) == start, "a position was skipped or written twice"
         self.lengths[owner] = stop
 
+    def truncate(self, owner: Hashable, stop: int) -> None:
+        """Positions from `stop` on are void; they are written again before any query sees them."""
+        assert stop <= self.lengths[owner], "a position that was never written cannot be kept"
+        self.lengths[owner] = stop
+
     def forget(self, owner: Hashable) -> None:
         """The owner's slots were given back."""
         self.lengths.pop(owner, None)

@@ -46,12 +46,25 @@ def prefill_inputs(chunk: PrefillChunk, device: torch.device) -> PassInputs:
 
 def decode_inputs(sequences: Ordered[Sequence], slot_map: SlotMap, *, invariant: bool = False) -> PassInputs:
     """One query for each sequence, its last token. Sequences of one prompt must stand together."""
+    return block_inputs(sequences, last_tokens(sequences, slot_map.slots.device), 0, slot_map, invariant=invariant)
+
+
+def last_tokens(sequences: Ordered[Sequence], device: torch.device) -> Tensor:
+    """The token that each sequence runs next: int64, shape (sequences, 1)."""
+    return torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=device)
+
+
+def block_inputs(
+    sequences: Ordered[Sequence], ids: Tensor, offset: int, slot_map: SlotMap, *, invariant: bool = False
+) -> PassInputs:
+    """Some queries for each sequence: `ids`, of shape (sequences, queries), from `offset` behind its last token on."""
     device = slot_map.slots.device
-    lengths = [sequence.length for sequence in sequences]
-    positions = torch.tensor([[length - 1] for length in lengths], device=device)
-    ids = torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=device)
+    lengths = torch.tensor([[sequence.length] for sequence in sequences], device=device)
+    queries = ids.shape[1]
+    positions = lengths - 1 + torch.arange(offset, offset + queries, device=device)
     rows = torch.tensor([sequence.row for sequence in sequences], device=device)
-    return PassInputs(ids, positions, slot_map.slots, rows, max(lengths), _groups(sequences), invariant=invariant)
+    context = max(sequence.length for sequence in sequences) - 1 + offset + queries
+    return PassInputs(ids, positions, slot_map.slots, rows, context, _groups(sequences), invariant=invariant)
 
 
 def _groups(sequences: Ordered[Sequence]) -> tuple[Group, ...]:
@@ -98,9 +111,15 @@ class ModelRunner:
 
     def decode(self, sequences: Ordered[Sequence], inputs: PassInputs) -> Tensor:
         """Run the last token of each sequence; float32 logits, shape (sequences, vocabulary)."""
-        logits = self._forward(inputs, 1)[:, 0]
+        return self.run_block(sequences, inputs, 0)[:, 0]
+
+    def run_block(self, sequences: Ordered[Sequence], inputs: PassInputs, offset: int) -> Tensor:
+        """Run the queries of `block_inputs`; float32 logits, shape (sequences, queries, vocabulary)."""
+        queries = inputs.ids.shape[1]
+        logits = self._forward(inputs, queries)
         for sequence in sequences:
-            self.cache.advance(sequence, sequence.length - 1, sequence.length)
+            start = sequence.length - 1 + offset
+            self.cache.advance(sequence, start, start + queries)
         return logits
 
     def _forward(self, inputs: PassInputs, logits_to_keep: int) -> Tensor:

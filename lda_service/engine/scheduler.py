@@ -34,6 +34,11 @@ class Sequence:
     state: Any = None  # engine: text, scores, times
 
     @property
+    def is_running(self) -> bool:
+        """Whether it holds a row."""
+        return self.row >= 0
+
+    @property
     def length(self) -> int:
         """Prompt and new tokens."""
         return len(self.job.prompt_ids) + len(self.tokens)
@@ -167,6 +172,10 @@ class Scheduler:
         job.running += 1
         self.running.append(sequence)
         return sequence
+
+    def room(self, sequence: Sequence, wanted: int) -> int:
+        """How many tokens, at most `wanted`, a running sequence may get in one step: its pages hold them."""
+        return min(wanted, sequence.max_new_tokens - len(sequence.tokens))
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence ended: its row and pages are free for the next step; the prompt's too after the last one."""
