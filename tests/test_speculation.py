@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from forced_policy import Forced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -32,19 +33,6 @@ from lda_service.engine.speculation import accept_or_replace, draw_from
 from lda_service.errors import ConfigError
 
 MODES = ("auto", "coupled")
-
-
-class Forced:
-    """A policy that takes these lengths in turn, as far as there is room."""
-
-    def __init__(self, *lengths):
-        self.lengths = itertools.cycle(lengths)
-
-    def choose(self, requests, rows, room):
-        return min(next(self.lengths), room)
-
-    def record(self, rows, length, seconds):
-        pass
 
 
 @pytest.fixture(scope="module")
