@@ -29,7 +29,7 @@ def accepting(rate):
     return Acceptance(accepted=1000 * rate, tried=1000.0)
 
 
-@pytest.mark.parametrize(("rate", "length"), [(0.3, 0), (0.5, 0), (0.6, 2), (0.8, 3), (0.9, 4), (0.99, 6)])
+@pytest.mark.parametrize(("rate", "length"), [(0.3, 0), (0.5, 0), (0.6, 0), (0.7, 2), (0.8, 3), (0.9, 4), (0.99, 6)])
 def test_the_length_is_the_best_by_tokens_for_the_time(rate, length):
     """With passes of one cost, longer blocks pay as more drafts stand, and none pays at one half and below."""
     assert told().choose([accepting(rate)], 1, 100) == length
@@ -51,7 +51,7 @@ def test_measured_costs_decide():
 def test_nobody_is_slowed_down_by_a_neighbour():
     """One request whose drafts fail keeps its steps ordinary; otherwise the shortest length wanted is taken."""
     assert told().choose([accepting(0.99), accepting(0.2)], 1, 100) == 0
-    assert told().choose([accepting(0.99), accepting(0.6)], 1, 100) == 2
+    assert told().choose([accepting(0.99), accepting(0.7)], 1, 100) == 2
 
 
 def test_nothing_is_drafted_before_an_ordinary_step_was_measured():

@@ -13,7 +13,7 @@ PROBE_LENGTH = LENGTHS[0]
 # Steps after which the other kind of step is tried again, for what may have changed.
 PROBE_EVERY = 64
 # An ordinary step must be beaten by this much: it has no surprises.
-MARGIN = 1.05
+MARGIN = 1.1
 _FORGET = 0.9
 _WEIGHT = 0.2
 
