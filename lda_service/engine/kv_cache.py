@@ -57,8 +57,8 @@ class KVCache:
         self.lengths[owner] = stop
 
     def rewind(self, owner: Hashable, stop: int) -> None:
-        """Positions from `stop` on will be written again."""
-        assert self.lengths.get(owner, stop) >= stop, "a rewind goes back"
+        """Positions from `stop` on are void; they are written again before any query sees them."""
+        assert stop <= self.lengths[owner], "a position that was never written cannot be kept"
         self.lengths[owner] = stop
 
     def forget(self, owner: Hashable) -> None:

@@ -58,17 +58,37 @@ def decode_inputs(
 
     `twins` follow as further rows, whose slots stand in the second half of the slot map.
     """
+    ids = last_tokens([*sequences, *twins], slot_map.slots.device)
+    return block_inputs(sequences, ids, 0, slot_map, invariant=invariant, twins=twins)
+
+
+def last_tokens(sequences: Ordered[Sequence], device: torch.device) -> Tensor:
+    """The token that each sequence runs next: int64, shape (sequences, 1)."""
+    return torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=device)
+
+
+def block_inputs(
+    sequences: Ordered[Sequence],
+    ids: Tensor,
+    offset: int,
+    slot_map: SlotMap,
+    *,
+    invariant: bool = False,
+    twins: Ordered[Sequence] = (),
+) -> PassInputs:
+    """Some queries for each sequence: `ids`, of shape (rows, queries), from `offset` behind its last token on."""
     device = slot_map.slots.device
     rows = [sequence.row for sequence in sequences]
     if twins:
         rows += [sequence.row + len(slot_map.slots) // 2 for sequence in twins]
-    everyone = [*sequences, *twins]
+    starts = [sequence.length - 1 + offset for sequence in (*sequences, *twins)]
+    queries = ids.shape[1]
     return PassInputs(
-        torch.tensor([[sequence.tokens[-1]] for sequence in everyone], device=device),
-        torch.tensor([[sequence.length - 1] for sequence in everyone], device=device),
+        ids,
+        torch.tensor([range(start, start + queries) for start in starts], device=device),
         slot_map.slots,
         torch.tensor(rows, device=device),
-        max(sequence.length for sequence in everyone),
+        max(starts) + queries,
         (*_groups(sequences, 0), *_groups(twins, len(sequences))),
         invariant=invariant,
     )
@@ -133,6 +153,15 @@ class ModelRunner:
         for sequence in sequences:
             self.cache.advance(sequence, sequence.length - 1, sequence.length)
         return values
+
+    def run_block(self, sequences: Ordered[Sequence], inputs: PassInputs, offset: int) -> Tensor:
+        """Run the queries of `block_inputs`; float32 logits, shape (sequences, queries, vocabulary)."""
+        queries = inputs.ids.shape[1]
+        logits = self.logits(inputs, queries)
+        for sequence in sequences:
+            start = sequence.length - 1 + offset
+            self.cache.advance(sequence, start, start + queries)
+        return logits
 
     def decode_static(self, inputs: PassInputs, paged: PagedBatch | None) -> Tensor:
         """Run one query of each row on torch's operators and note nothing: float32 logits, shape (rows, vocabulary)."""

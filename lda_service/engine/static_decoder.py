@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lda_service.engine.cuda_graph import Graphs, HostCopy
-from lda_service.engine.fallback import Decoding
 from lda_service.engine.paged_attention import Kind, Lane, find_kernel
 from lda_service.engine.sampling import CANDIDATES
 from lda_service.engine.static_step import Bucket, StaticStep
@@ -139,7 +138,7 @@ class StaticDecoder:
         for part in launch.parts:
             tokens, logprobs, sound, enough = part.results.read()
             for i, sequence in enumerate(part.sequences):
-                expects = sequence.row >= 0 and sequence.length == part.positions[i] + 1
+                expects = sequence.is_running and sequence.length == part.positions[i] + 1
                 if expects and sequence not in launch.void:
                     yield Outcome(sequence, int(tokens[i]), logprobs[i], bool(sound[i]), bool(enough[i]))
 
@@ -194,9 +193,8 @@ class StaticDecoder:
 
 def wanted(config: EngineConfig, pair: Pair) -> bool:
     """Whether an engine over this pair decodes in static steps: if models and settings allow that."""
-    able = pair.adapted_rows is None and set(pair.decoding) == {Decoding.NATIVE}
     on_cuda = pair.after.device.type == "cuda"
-    return able and (config.static_step == "on" or (config.static_step == "auto" and on_cuda))
+    return pair.has_two_caches and (config.static_step == "on" or (config.static_step == "auto" and on_cuda))
 
 
 def kernel_for(pair: Pair, page_tokens: int) -> PagedKernel | None:
