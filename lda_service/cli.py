@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lda_service import __version__
-from lda_service.config import DTYPES, QUANTIZE, Config, EngineConfig, PairConfig, ServerConfig, pair_ids
+from lda_service.config import DTYPES, QUANTIZE, SPECULATION, Config, EngineConfig, PairConfig, ServerConfig, pair_ids
 from lda_service.errors import LdaError
 from lda_service.telemetry import configure_logging
 
@@ -98,6 +98,14 @@ def main() -> None:
     show_default=True,
     help="On a CPU: kernels of our own, built by the machine's C compiler, or torch's operators.",
 )
+@click.option(
+    "--speculation",
+    default=ENGINE.speculation,
+    show_default=True,
+    type=click.Choice(SPECULATION),
+    help="Let the after model draft several tokens when few sequences run and it pays. auto: same law, other tokens "
+    "for a seed, and these depend on timing; coupled: same tokens.",
+)
 @click.option("--allow-incompatible", is_flag=True, help="Serve a pair whose vocabularies differ, on its shared ids.")
 @click.option(
     "--drain-grace",
@@ -119,6 +127,7 @@ def serve(
     kv_cache_tokens: int,
     deterministic: bool,
     native: bool,
+    speculation: str,
     allow_incompatible: bool,
     drain_grace: float,
 ) -> None:
@@ -133,6 +142,7 @@ def serve(
                 max_queued_requests=max_queued_requests,
                 kv_cache_tokens=kv_cache_tokens,
                 deterministic=deterministic,
+                speculation=speculation,
             ),
             server=ServerConfig(host, port, drain_grace),
         )

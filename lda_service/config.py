@@ -13,6 +13,8 @@ from lda_service.pairs import demo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8")
+STATIC_STEPS = ("auto", "on", "off")
+SPECULATION = ("off", "auto", "coupled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,16 @@ class PairConfig:
 class EngineConfig:
     """Limits of the decoder. Token counts are positions of one sequence or slots of the KV cache.
 
-    `kv_cache_tokens` 0 means: as many as `max_running_sequences` rows of the default length need.
-    With `reserve_pages` a sequence takes the slots of its longest course when it starts and is never preempted; without
-    it, as it grows. `deterministic` promises the same tokens alone and in any company, bit for bit, and reserves pages
-    too; without it, near ties may fall either way.
+    `page_tokens` 0 means: 16 on a CPU, 256 on CUDA, where the paged kernel wants that. `kv_cache_tokens` 0 means: as
+    many as `max_running_sequences` rows of the default length need. With `reserve_pages` a sequence takes the slots of
+    its longest course when it starts and is never preempted; without it, as it grows.
+    `deterministic` promises the same tokens alone and in any company, bit for bit, and reserves pages too; without it,
+    near ties may fall either way. `static_step` "auto" decodes in steps of fixed shape, by CUDA graphs and one step
+    ahead of the host, on CUDA only; "on" does that on a CPU too, without graphs. Both only for pairs without an adapter
+    whose models both run through this engine's cache; such steps reserve pages.
+    `speculation` says whether steps of at most `speculation_max_rows` sequences may draft: "auto" keeps the law of the
+    tokens, "coupled" keeps the tokens of every seed and accepts fewer drafts; both only where measured to pay, for the
+    same pairs as static steps, and neither beside these nor with `deterministic`.
     """
 
     max_running_sequences: int = 64
@@ -53,12 +61,21 @@ class EngineConfig:
     max_sequences_per_request: int = 1024
     max_new_tokens: int = 4096
     prefill_chunk_tokens: int = 256
-    page_tokens: int = 16
+    page_tokens: int = 0
     kv_cache_tokens: int = 0
     reserve_pages: bool = False
     deterministic: bool = False
+    static_step: str = "auto"
+    speculation: str = "off"
+    speculation_max_rows: int = 4
     min_alpha: float = -100.0
     max_alpha: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.static_step not in STATIC_STEPS:
+            raise ConfigError(f"static_step is {self.static_step!r}; use one of {', '.join(STATIC_STEPS)}.")
+        if self.speculation not in SPECULATION:
+            raise ConfigError(f"Speculation is {self.speculation!r}; use one of {', '.join(SPECULATION)}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from forced_policy import Forced
 from safetensors.torch import load_file, save_file
 from test_engine import generation, of, run, tokens_of
 from test_oracle import PROMPTS, collect, request
@@ -81,6 +82,18 @@ def test_one_row_of_the_product_for_a_sequence_that_nobody_compares(tmp_path, mo
     counted.clear()
     run(engine, generation(n=3, stopping=LENGTH), generation("evidence", n=2, stopping=LENGTH, output=Output(True)))
     assert max(counted) == 3 + 2 * 2
+
+
+def test_blocks_draw_what_the_common_product_draws(tmp_path):
+    """Coupled speculation runs each model with its output layer: the tokens of a seed are those of ordinary steps."""
+    pair = with_one_head(tmp_path, "llama")
+    one = generation(n=4, branches=(Branch(Role.AMPLIFIED, 0.3),), sampling=Sampling(1.0, seed=5), stopping=LENGTH)
+    engine = Engine(pair, EngineConfig(speculation="coupled"))
+    engine.policy = Forced(2, 3)
+    blocks, plain = run(engine, one), run(Engine(pair, EngineConfig()), one)
+    assert engine.speculation.drafted > 0
+    for index in range(4):
+        assert tokens_of(blocks, index=index) == tokens_of(plain, index=index)
 
 
 def test_evidence_is_that_of_two_models(tmp_path):

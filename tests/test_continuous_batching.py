@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from forced_policy import Forced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import byte_tokenizer, save_model
@@ -108,13 +109,26 @@ def alone(pair, request):
 
 
 @settings(max_examples=40, deadline=None)
-@given(arrivals=arrivals, rows=st.integers(1, 6), chunk=st.integers(1, 20), pages=st.integers(12, 40))
-def test_company_changes_nothing(pair, arrivals, rows, chunk, pages):
-    """Any mix of generations and scores, arriving and cancelled at any step, with rows and pages scarce."""
+@given(
+    arrivals=arrivals,
+    rows=st.integers(1, 6),
+    chunk=st.integers(1, 20),
+    pages=st.integers(12, 40),
+    drafts=st.lists(st.sampled_from([0, 2, 3, 6]), max_size=3),
+)
+def test_company_changes_nothing(pair, arrivals, rows, chunk, pages, drafts):
+    """Any mix of generations and scores, arriving and cancelled at any step, with rows and pages scarce, one token a
+    step or blocks of coupled speculation.
+    """
     limits = EngineConfig(
-        prefill_chunk_tokens=chunk, max_running_sequences=rows, page_tokens=4, kv_cache_tokens=pages * 4
+        prefill_chunk_tokens=chunk,
+        max_running_sequences=rows,
+        page_tokens=4,
+        kv_cache_tokens=pages * 4,
+        speculation="coupled" if drafts else "off",
     )
     engine = Engine(pair, limits)
+    engine.policy = Forced(*drafts)
     requests = {f"r{i}": (at, make(f"r{i}", what), cancel) for i, (at, what, cancel) in enumerate(arrivals)}
     events = {name: [] for name in requests}
     refused, cancelled = set(), set()

@@ -39,8 +39,9 @@ class Steps:
     somebody reads it, or handed out again too early is noticed at the next read.
     """
 
-    def __init__(self, scheduler: Scheduler):
+    def __init__(self, scheduler: Scheduler, block: int = 1):
         self.scheduler = scheduler
+        self.block = block  # tokens that a step without newcomers draws at most for each sequence
         self.memory: tuple[dict, dict] = ({}, {})
         self.slots: dict[int, dict[int, int]] = {}  # by row, by position
         self.finished: list[Sequence] = []
@@ -61,7 +62,11 @@ class Steps:
             self.prefill(plan.prefill)
         started = self.scheduler.admit()
         self.started += started
-        for sequence in plan.decode:
+        rooms = self.look_ahead(plan.decode) if plan.prefill is None and not started else [1] * len(plan.decode)
+        for sequence, room in zip(plan.decode, rooms, strict=True):
+            for _ in range(room - 1):
+                self.decode(sequence)
+                self.draw(sequence)
             self.decode(sequence)
         for sequence in started:
             self.assign(sequence, sequence.tables)
@@ -72,6 +77,16 @@ class Steps:
         for sequence in plan.decode + started:
             self.draw(sequence)
         self.scheduler.check_integrity()
+
+    def look_ahead(self, sequences):
+        """How many tokens each sequence gets; a block ends anywhere."""
+        rooms = []
+        for sequence in sequences:
+            room, tables = self.scheduler.look_ahead(sequence, self.block)
+            assert 1 <= room <= self.block
+            self.assign(sequence, tables)
+            rooms.append(1 + sequence.length % room)
+        return rooms
 
     def assign(self, sequence, tables):
         row = self.slots.setdefault(sequence.row, {})
@@ -339,6 +354,17 @@ class TestPreemption:
         assert [owner.request.request_id for owner in steps.evicted] == ["new"]
         assert [sequence.job.request.request_id for sequence in steps.finished] == ["old", "new"]
 
+    def test_blocks_take_pages_ahead_but_not_those_that_others_grow_into(self):
+        """A row looks ahead into its own next page while each other row that may grow has one left beside it."""
+        for pages, rooms in ((4, [4, 4]), (5, [8, 4]), (6, [8, 8])):
+            scheduler = Scheduler(PagePool(pages, 4), 2, 4)
+            scheduler.add(generation("a", 4, 2, 12))
+            steps = Steps(scheduler)
+            steps.step()
+            assert scheduler.pool.num_free == pages - 3
+            assert [scheduler.look_ahead(sequence, 8)[0] for sequence in scheduler.running] == rooms
+            scheduler.check_integrity()
+
     @pytest.mark.parametrize("leave", ["cancel", "drop_waiting"])
     @pytest.mark.parametrize("when", ["preempted", "resumed"])
     def test_leaving_at_any_moment_gives_all_back(self, leave, when):
@@ -373,11 +399,12 @@ needs = st.sampled_from([BOTH, AFTER, BEFORE])
     rows=st.integers(1, 6),
     chunk=st.integers(1, 30),
     reserve=st.booleans(),
+    block=st.sampled_from([1, 6]),
 )
-def test_every_job_that_fits_ends(jobs, pages, rows, chunk, reserve):
+def test_every_job_that_fits_ends(jobs, pages, rows, chunk, reserve, block):
     """However scarce rows and pages are, every accepted sequence runs to its end, and all is given back."""
     scheduler = Scheduler(PagePool(pages, 4), rows, chunk, reserve_pages=reserve)
-    steps = Steps(scheduler)
+    steps = Steps(scheduler, block)
     accepted = []
     for n, (prompt, sequences, new, need) in enumerate(jobs):
         job = generation(str(n), prompt, sequences, new, need) if sequences else scoring(str(n), prompt, (5,) * new)
@@ -396,10 +423,16 @@ def test_every_job_that_fits_ends(jobs, pages, rows, chunk, reserve):
 class SchedulerMachine(RuleBasedStateMachine):
     """Random arrivals, cancels, drops and steps in a small cache: the books always balance, every read is right."""
 
-    @initialize(rows=st.integers(1, 5), pages=st.integers(6, 20), chunk=st.integers(1, 9), reserve=st.booleans())
-    def start(self, rows, pages, chunk, reserve):
+    @initialize(
+        rows=st.integers(1, 5),
+        pages=st.integers(6, 20),
+        chunk=st.integers(1, 9),
+        reserve=st.booleans(),
+        block=st.sampled_from([1, 6]),
+    )
+    def start(self, rows, pages, chunk, reserve, block):
         self.scheduler = Scheduler(PagePool(pages, 4), rows, chunk, reserve_pages=reserve)
-        self.steps = Steps(self.scheduler)
+        self.steps = Steps(self.scheduler, block)
         self.jobs: list[Job] = []
 
     @rule(prompt=prompts, sequences=st.integers(1, 6), new=st.integers(1, 20), needs=needs)

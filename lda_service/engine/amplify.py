@@ -10,7 +10,7 @@ from torch import Tensor
 NOVELTY_TOP = 100
 
 
-def amplify(after: Tensor, before: Tensor, alpha: Tensor) -> Tensor:
+def amplify(after: Tensor, before: Tensor, alpha: Tensor, *, capturable: bool = False) -> Tensor:
     """Logit diff amplification: `after + alpha * (after - before)`, row by row (Goodfire, 2025).
 
     Alpha 0 is `after` exactly and alpha -1 is `before` exactly. An id that `after` rules out (-inf) stays ruled out;
@@ -21,15 +21,17 @@ def amplify(after: Tensor, before: Tensor, alpha: Tensor) -> Tensor:
         after: float32 logits, shape (rows, vocabulary).
         before: float32 logits, same shape.
         alpha: float32, shape (rows,).
+        capturable: never ask the device for a value: a CUDA graph can be made of it. Costs two passes more.
 
     Returns:
         float32 logits, shape (rows, vocabulary).
     """
     scale = alpha[:, None]
-    if torch.isneginf(before).any():
+    if capturable or torch.isneginf(before).any():
         before = torch.where(torch.isneginf(before) & ~torch.isneginf(after), lowest_finite(before), before)
     amplified = torch.where(scale == -1, before, after + scale * (after - before))
-    return torch.where(torch.isneginf(after), after, amplified) if torch.isneginf(after).any() else amplified
+    has_ruled_out = capturable or torch.isneginf(after).any()
+    return torch.where(torch.isneginf(after), after, amplified) if has_ruled_out else amplified
 
 
 def lowest_finite(logits: Tensor) -> Tensor:

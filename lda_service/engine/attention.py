@@ -3,8 +3,8 @@
 Keys and values go to and come from the `CacheView` that the runner passes through the model as the keyword `kv`. Causal
 masks are made from absolute positions, so that transformers builds none. Rows that share a prompt read its keys and
 values once: attention over the prompt and over a row's own positions are merged by their log-sum-exp, where that pays.
-On a CPU the native kernels do all of it. Knows layers, windows, soft caps and sinks as transformers names them; nothing
-of requests.
+On a CPU the native kernels do all of it, on CUDA a paged kernel what it can. Knows layers, windows, soft caps and sinks
+as transformers names them; nothing of requests.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ def attend(
         )
         return out.to(query.dtype), None
     kv.store(layer, key, value)
+    is_plain = sliding_window is None and softcap is None and s_aux is None
+    if kv.paged is not None and is_plain and kv.paged.kernel.takes(query, key, value):
+        keys, values = kv.tensors(layer)
+        return kv.paged.attend(query[:, :, 0], keys, values, scale)[:, None], None
     settings = _Settings(layer, scale, sliding_window, softcap, s_aux)
     return _attend(settings, query, kv).transpose(1, 2), None
 

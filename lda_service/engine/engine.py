@@ -2,6 +2,8 @@
 
     step(): schedule, run both, amplify and sample, advance
 
+A step of few rows may run as a block of `speculation` instead, which gives each of them several tokens to advance by.
+
 Knows requests, both runners, the sampler and text streams. Does not know processes, the wire, or wall-clock time: time
 comes from the clock it is given. Not thread-safe: whoever owns the engine calls it from one thread.
 """
@@ -16,11 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lda_service.engine import static_decoder
 from lda_service.engine.amplify import amplify, score
 from lda_service.engine.detokenizer import TextStream
 from lda_service.engine.evidence import diagnose
 from lda_service.engine.lockstep import runner_for
-from lda_service.engine.memory import default_cache_tokens
+from lda_service.engine.memory import default_cache_tokens, page_tokens
 from lda_service.engine.pages import PagePool
 from lda_service.engine.request import (
     Admitted,
@@ -42,6 +45,9 @@ from lda_service.engine.request import (
 from lda_service.engine.sampling import Drawn, RowSampling, Sampler, sequence_key
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
 from lda_service.engine.selfcheck import decodes_alone_as_in_company
+from lda_service.engine.speculation import Coupled, Rejection, Speculation
+from lda_service.engine.speculation_policy import LENGTHS, Acceptance, Policy
+from lda_service.engine.static_decoder import StaticDecoder
 from lda_service.errors import ConfigError, ContextExceeded, InternalError, PromptUnusable, QueueFull
 
 if TYPE_CHECKING:
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
     from lda_service.engine.pair import Pair
     from lda_service.engine.request import Diagnostics
     from lda_service.engine.scheduler import Plan, PrefillChunk
+    from lda_service.engine.static_decoder import Launch
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,7 @@ class JobState:
 
     alpha_scores: Tensor  # a score's sums so far, (score alphas,), float64
     admitted_at: float | None = None
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 @dataclass(slots=True)
@@ -101,12 +109,22 @@ class Engine:
         self.device = pair.after.device
         self.context_tokens = pair.info.context_tokens
         tokens = config.kv_cache_tokens or default_cache_tokens(pair, config)
-        pool = PagePool(max(1, tokens // config.page_tokens), config.page_tokens)
+        is_static = static_decoder.wanted(config, pair)
+        able = pair.has_two_caches and not is_static and not config.deterministic
+        self._speculates = config.speculation != "off" and able
+        if config.speculation != "off" and not able:
+            logger.warning("no speculation: not with an adapter, slow models, static steps or --deterministic")
+        is_invariant = pair.backend.invariant and pair.adapted_rows is None
+        # Where a row's bits hang on the shape of a step, only steps of the same shapes for the same request will do.
+        self._one_by_one = config.deterministic and not is_invariant
+        page = page_tokens(config, self.device)
+        pool = PagePool(max(1, tokens // page), page, shares_prompts=not self._one_by_one)
         self.scheduler = Scheduler(
             pool,
             config.max_running_sequences,
             config.prefill_chunk_tokens,
-            reserve_pages=config.reserve_pages or config.deterministic,
+            # A static step runs ahead of the host and writes a position that growing pages would not hold yet.
+            reserve_pages=config.reserve_pages or config.deterministic or is_static,
         )
         slots = (pool.num_pages + 1) * pool.page_tokens  # with a page that belongs to nobody
         rows = config.max_running_sequences
@@ -116,15 +134,23 @@ class Engine:
         forbidden = torch.ones(pair.vocabulary_size, dtype=torch.bool, device=self.device)
         forbidden[list(pair.shared_ids)] = False
         self.sampler = Sampler(pair.vocabulary_size, forbidden, pair.backend.kernels)
+        rule = Rejection if config.speculation == "auto" else Coupled
+        self.speculation = Speculation(self.models, rule(self.sampler))
+        self.policy = Policy()
         self._shared = frozenset(pair.shared_ids)
+        self._static: StaticDecoder | None = None
+        if is_static:
+            kernel = static_decoder.kernel_for(pair, page)
+            self._static = StaticDecoder(self.models, self.sampler, kernel, one_shape=config.deterministic)
+        self._ahead: Launch | None = None
         self._settings_of: list[Sequence] = []
         self._settings: RowSampling
 
-        invariant = pair.backend.invariant and pair.adapted_rows is None
-        if config.deterministic and not (invariant and decodes_alone_as_in_company(self)):
+        has_way = is_invariant or is_static
+        if config.deterministic and not (has_way and decodes_alone_as_in_company(self)):
             raise ConfigError(
                 "These models cannot be decoded deterministically here: on this device, a sequence's logits depend on "
-                "its company. Leave out --deterministic; on a CPU, the native kernels allow it."
+                "its company. Leave out --deterministic; the native kernels on a CPU and static steps on CUDA allow it."
             )
 
     # What the owner calls -------------------------------------------------------------------------------------------
@@ -195,11 +221,11 @@ class Engine:
         if plan.prefill is not None:
             self._prefill(plan.prefill)
         started = self._admit()
-        if plan.decode or started:
-            batch = self._run_both(plan.decode, started)
-            self._rule_out(batch)
-            self._amplify_and_sample(batch)
-            self._advance(batch)
+        if self._may_speculate(plan, started):
+            self._step_of_few(_by_prompt(plan.decode))
+        else:
+            decode = plan.decode if self._static is None else self._decode_ahead(self._static, plan.decode)
+            self._decode(decode, started)
         events, self._events = self._events, []
         return events
 
@@ -314,6 +340,69 @@ class Engine:
             self.models.assign(sequence, sequence.tables)
         return started
 
+    # Speculation ----------------------------------------------------------------------------------------------------
+
+    def _may_speculate(self, plan: Plan, started: list[Sequence]) -> bool:
+        """Few rows and nothing beside them, all drawn from both models, nothing reported but tokens."""
+        if not self._speculates or plan.prefill is not None or started:
+            return False
+        few = 0 < len(plan.decode) <= self.config.speculation_max_rows
+        return few and all(s.needs == (True, True) and _is_plain(s) for s in plan.decode)
+
+    def _step_of_few(self, sequences: list[Sequence]) -> None:
+        """A block, or an ordinary step, whichever pays; its time tells what pays next."""
+        began = self.clock()
+        room = min(self._room(sequence) for sequence in sequences)
+        requests = list({id(s.job): s.job.state.acceptance for s in sequences}.values())
+        length = self.policy.choose(requests, len(sequences), room)
+        if length:
+            self._block(sequences, length)
+        else:
+            self._decode(sequences, [])
+        self.policy.record(len(sequences), length, self.clock() - began)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that a sequence may get in one step."""
+        room, tables = self.scheduler.look_ahead(sequence, max(LENGTHS))
+        self.models.assign(sequence, tables)
+        return room
+
+    def _block(self, sequences: list[Sequence], length: int) -> None:
+        """Advance each sequence by what its block gave, up to the token that ends it."""
+        yields = self.speculation.run(sequences, length, self._row_sampling(sequences))
+        now = self.clock()
+        for sequence, given in zip(sequences, yields, strict=True):
+            sequence.job.state.acceptance.record(given.accepted, given.tried)
+            for drawn in given.tokens:
+                if sequence.is_running:
+                    self._accept(sequence, *drawn, None, now)
+
+    # One step ahead, in static steps --------------------------------------------------------------------------------
+
+    def _decode_ahead(self, static: StaticDecoder, decode: list[Sequence]) -> list[Sequence]:
+        """Launch the next static step, then hand out what the last one drew; returns rows for an ordinary step."""
+        last, self._ahead = self._ahead, None
+        if last is not None:
+            if static.continues(last, [s for s in decode if _is_plain(s)]):
+                self._ahead = static.follow(last)
+            self._collect(static, last)
+        decode = [sequence for sequence in decode if sequence.is_running]
+        if self._ahead is None:
+            fitting = [sequence for sequence in decode if _is_plain(sequence)]
+            self._ahead = static.launch(fitting, self._columns) if fitting else None
+        running = set(self._ahead.sequences) if self._ahead else set()
+        return [sequence for sequence in decode if sequence not in running]
+
+    def _collect(self, static: StaticDecoder, launch: Launch) -> None:
+        """Report what a launch drew."""
+        now = self.clock()
+        for drawn in static.outcomes(launch):
+            if drawn.enough:
+                self._accept(drawn.sequence, drawn.token, drawn.logprob, drawn.sound, None, now)
+            else:
+                static.redraw(drawn.sequence, self._ahead)
+                self._decode([drawn.sequence], [])
+
     # Run both -------------------------------------------------------------------------------------------------------
 
     def _prefill(self, chunk: PrefillChunk) -> None:
@@ -343,10 +432,21 @@ class Engine:
         after, before = (torch.stack([_prompt_logits(sequence.job, side) for sequence in sequences]) for side in (0, 1))
         return after, before
 
+    def _decode(self, decode: list[Sequence], started: list[Sequence]) -> None:
+        """An ordinary step: one token for each sequence."""
+        if self._one_by_one and len(decode) + len(started) > 1:
+            for sequence in decode + started:
+                if sequence.is_running:  # nothing before it ended its request
+                    self._decode(*(([sequence], []) if sequence in decode else ([], [sequence])))
+        elif decode or started:
+            batch = self._run_both(decode, started)
+            self._rule_out(batch)
+            self._amplify_and_sample(batch)
+            self._advance(batch)
+
     def _run_both(self, decode: list[Sequence], started: list[Sequence]) -> Batch:
         """Both models' next-token logits for every row: decoded ones, then those that start from their prompt's."""
-        # Rows of one prompt stand together, so that its keys and values are read once.
-        decode = sorted(decode, key=lambda sequence: sequence.job.table.pages)  # type: ignore[union-attr]
+        decode = _by_prompt(decode)
         parts = [self.models.decode(decode)] if decode else []
         if started:
             parts.append(self._first_logits(started))
@@ -402,17 +502,21 @@ class Engine:
         now = self.clock()
         tokens, logprobs, sound = (column.tolist() for column in batch.drawn)
         for i, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=True)):
-            if sequence.job.request.request_id not in self._jobs:
-                continue
-            if not sound[i]:
-                self._fail(sequence)
-                continue
-            if not sequence.tokens:
-                sequence.state.first_token_at = now
-            sequence.tokens.append(token)
-            logprob = logprobs[i] if logprobs[i] == logprobs[i] else None
-            piece = self.pair.pieces.piece(token)
-            self._report(sequence, TokenRecord(token, piece, logprob, diagnostics.get(i)), now)
+            if sequence.is_running:
+                self._accept(sequence, token, logprobs[i], sound[i], diagnostics.get(i), now)
+
+    def _accept(
+        self, sequence: Sequence, token: int, logprob: float, sound: bool, diagnostics: Diagnostics | None, now: float
+    ) -> None:
+        """Append a drawn token and report it; end the request if its logits were not finite. NaN `logprob`: none."""
+        if not sound:
+            self._fail(sequence)
+            return
+        if not sequence.tokens:
+            sequence.state.first_token_at = now
+        sequence.tokens.append(token)
+        known = logprob if logprob == logprob else None
+        self._report(sequence, TokenRecord(token, self.pair.pieces.piece(token), known, diagnostics), now)
 
     def _fail(self, sequence: Sequence) -> None:
         """The models gave NaN or infinity (a float16 overflow, broken weights): end the request, invent nothing."""
@@ -460,7 +564,7 @@ class Engine:
             released = sequence.state.text.flush()
             self._delta(sequence, released.text, released.tokens + ((last,) if last else ()))
         self._report_end(sequence, reason, now, stop_string, stop_token_id)
-        if sequence.row >= 0:
+        if sequence.is_running:
             self._forget(sequence)
             self.scheduler.finish(sequence)
         self._retire(sequence.job)
@@ -497,6 +601,8 @@ class Engine:
 
     def _forget(self, owner: Sequence | Job) -> None:
         self.models.forget(owner)
+        if self._static is not None:
+            self._static.forget(owner)
 
     # Evidence -------------------------------------------------------------------------------------------------------
 
@@ -586,6 +692,11 @@ def _stopping(sequence: Sequence) -> Stopping:
     return _request(sequence).stopping
 
 
+def _by_prompt(sequences: list[Sequence]) -> list[Sequence]:
+    """Rows of one prompt stand together, so that its keys and values are read once."""
+    return sorted(sequences, key=lambda sequence: sequence.job.table.pages)  # type: ignore[union-attr]
+
+
 def _wants_diagnostics(request: GenerationRequest) -> bool:
     return request.output.diagnostics or request.output.top_candidates > 0
 
@@ -594,6 +705,13 @@ def _compares(request: GenerationRequest) -> bool:
     """Whether anything but the combination of the two models' logits is looked at."""
     evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
     return evidence or request.sampling.plausibility > 0
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether static steps and blocks can draw its next token: nothing but the token is asked for, and it may end."""
+    request = _request(sequence)
+    needs_evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
+    return not needs_evidence and len(sequence.tokens) >= request.stopping.min_new_tokens
 
 
 def _needs(request: GenerationRequest, branch: Branch) -> tuple[bool, bool]:

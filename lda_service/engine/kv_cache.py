@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lda_service.engine.paged_attention import PagedBatch
+
 
 class KVCache:
     """Keys and values of one model: for each layer two tensors of shape (slots, kv_heads, head_dim).
@@ -52,6 +54,11 @@ class KVCache:
     def advance(self, owner: Hashable, start: int, stop: int) -> None:
         """Note that positions `start` to `stop` - 1 of `owner` were written; they must follow the last ones."""
         assert self.lengths.get(owner, start) == start, "a position was skipped or written twice"
+        self.lengths[owner] = stop
+
+    def rewind(self, owner: Hashable, stop: int) -> None:
+        """Positions from `stop` on are void; they are written again before any query sees them."""
+        assert stop <= self.lengths[owner], "a position that was never written cannot be kept"
         self.lengths[owner] = stop
 
     def forget(self, owner: Hashable) -> None:
@@ -147,12 +154,17 @@ class PassInputs:
 class CacheView:
     """One model's side of a pass; handed through the model as the keyword `kv`.
 
-    `kernels` None: attention runs on torch's operators.
+    `kernels` None: attention runs on torch's operators; `paged`: on a paged CUDA kernel, where the layer allows.
     """
 
     cache: KVCache
     inputs: PassInputs
     kernels: native.Kernels | None = None
+    paged: PagedBatch | None = None
+
+    def tensors(self, layer: int) -> tuple[Tensor, ...]:
+        """The layer's keys and values, each of shape (slots, kv_heads, head_dim), for attention to read in place."""
+        return self.cache._layers[layer]
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write keys and values of shape (rows, kv_heads, queries, head_dim)."""

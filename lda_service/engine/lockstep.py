@@ -11,7 +11,15 @@ import torch
 
 from lda_service.engine.fallback import Decoding, make_runner
 from lda_service.engine.lora import ALL, AdaptedRows
-from lda_service.engine.runner import ModelRunner, SlotMap, decode_inputs, fit, prefill_inputs
+from lda_service.engine.runner import (
+    ModelRunner,
+    SlotMap,
+    block_inputs,
+    decode_inputs,
+    fit,
+    last_tokens,
+    prefill_inputs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,6 +110,66 @@ class PairRunner:
             seconds = firsts.clone()
             seconds[compared] = logits[len(sequences) :]
         return firsts, seconds
+
+    @property
+    def native(self) -> tuple[ModelRunner, ...]:
+        """The runners, where both models run through this engine's cache."""
+        assert all(isinstance(runner, ModelRunner) for runner in self.runners)
+        return self.runners  # type: ignore[return-value]
+
+    def last_tokens(self, sequences: list[Sequence]) -> Tensor:
+        """The token that each sequence runs next: int64, shape (rows, 1)."""
+        return last_tokens(sequences, self.device)
+
+    def draft(self, sequences: list[Sequence], ids: Tensor, offset: int) -> Tensor:
+        """Run the after model alone on one token for each sequence, `offset` positions behind its last one.
+
+        The caller must `verify` the same positions, and then `keep` what stands: until then the caches are apart.
+
+        Args:
+            sequences: those of one prompt stand together.
+            ids: int64, shape (rows, 1); at offset 0 the last tokens.
+            offset: one more with each call.
+
+        Returns:
+            float32 logits, shape (rows, vocabulary).
+        """
+        inputs = block_inputs(sequences, ids, offset, self.slot_map)
+        return self.native[AFTER].run_block(sequences, inputs, offset)[:, 0]
+
+    def verify(self, sequences: list[Sequence], ids: Tensor) -> Tensor:
+        """One pass of the before model over the tokens that `draft` ran.
+
+        Args:
+            sequences: as they were drafted.
+            ids: int64, shape (rows, tokens): each sequence's last token, then the drafts that were run.
+
+        Returns:
+            float32 logits, shape (rows, tokens, vocabulary).
+        """
+        inputs = block_inputs(sequences, ids, 0, self.slot_map)
+        return self.native[BEFORE].run_block(sequences, inputs, 0)
+
+    def keep(self, sequences: list[Sequence], counts: list[int]) -> None:
+        """Of the positions just drafted and verified, the first `counts` of each sequence stand in both caches."""
+        for sequence, count in zip(sequences, counts, strict=True):
+            for runner in self.native:
+                runner.cache.rewind(sequence, sequence.length - 1 + count)
+        self._check_lock_step(sequences)
+
+    def note_decoded(self, sequences: list[Sequence], positions: list[int]) -> None:
+        """A static step runs these positions of the sequences, in the models that each needs."""
+        for sequence, position in zip(sequences, positions, strict=True):
+            for runner, needs in zip(self.native, sequence.needs, strict=True):
+                if needs:
+                    runner.cache.advance(sequence, position, position + 1)
+        self._check_lock_step(sequences)
+
+    def rewind(self, sequence: Sequence) -> None:
+        """The sequence's last token, and what was run behind it, will be run again."""
+        for runner, needs in zip(self.native, sequence.needs, strict=True):
+            if needs:
+                runner.cache.rewind(sequence, sequence.length - 1)
 
     def forget(self, owner: Sequence | Job) -> None:
         """The owner's slots were given back."""

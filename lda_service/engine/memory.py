@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ROW_TOKENS = 2048
 MEMORY_SHARE = 0.4
+CPU_PAGE_TOKENS = 16
+CUDA_PAGE_TOKENS = 256
 
 
 def default_cache_tokens(pair: Pair, config: EngineConfig) -> int:
@@ -29,7 +31,12 @@ def default_cache_tokens(pair: Pair, config: EngineConfig) -> int:
     native = [token_bytes(model, pair.backend.cache_dtype) for model, how in models if how is Decoding.NATIVE]
     per_token = max(1, sum(native))
     affordable = int(free_bytes(pair.after.device) * MEMORY_SHARE) // per_token
-    return max(config.page_tokens, min(wanted, affordable))
+    return max(page_tokens(config, pair.after.device), min(wanted, affordable))
+
+
+def page_tokens(config: EngineConfig, device: torch.device) -> int:
+    """Positions of a page, when nobody said."""
+    return config.page_tokens or (CUDA_PAGE_TOKENS if device.type == "cuda" else CPU_PAGE_TOKENS)
 
 
 def token_bytes(model: PreTrainedModel, cache_dtype: torch.dtype | None) -> int:

@@ -81,13 +81,20 @@ class PageTable:
 
 
 class PagePool:
-    """Hands out pages and takes them back; counts who holds what, and knows what the pages of prompts hold."""
+    """Hands out pages and takes them back; counts who holds what, and knows what the pages of prompts hold.
 
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
+    Args:
+        num_pages: pages there are.
+        page_tokens: positions of a page.
+        shares_prompts: whether a prompt may use what an earlier one left; if not, each prompt has pages of its own.
+    """
+
+    def __init__(self, num_pages: int, page_tokens: int, *, shares_prompts: bool = True) -> None:
         assert num_pages > 0
         assert page_tokens > 0
         self.num_pages = num_pages
         self.page_tokens = page_tokens
+        self._shares_prompts = shares_prompts
         self._holders = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))  # free, nothing known in them
         self._idle: dict[int, None] = {}  # free, with content; least recently released first
@@ -118,7 +125,8 @@ class PagePool:
             parent = contents[-1] if contents else self._root
             part = tokens[first : first + self.page_tokens]
             content = Content(self._take(), part, parent)
-            parent.children[part] = self._contents[content.page] = content
+            if self._shares_prompts:
+                parent.children[part] = self._contents[content.page] = content
             contents.append(content)
         pages = tuple(content.page for content in contents)
         return PageTable(0, len(tokens), pages, self.page_tokens, tuple(contents))

@@ -80,6 +80,11 @@ class Pair:
         """Width of the combined logits: one past the largest shared id."""
         return self.shared_ids[-1] + 1
 
+    @property
+    def has_two_caches(self) -> bool:
+        """Whether both models run through this engine's cache, each in passes of its own."""
+        return self.adapted_rows is None and set(self.decoding) == {Decoding.NATIVE}
+
 
 def load_pair(config: PairConfig) -> Pair:
     """Load both models and compare their vocabularies.

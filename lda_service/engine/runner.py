@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lda_service.engine.native import Kernels
+    from lda_service.engine.paged_attention import PagedBatch
     from lda_service.engine.pages import PageTable
     from lda_service.engine.scheduler import PrefillChunk, Sequence
 
@@ -24,6 +25,10 @@ class SlotMap:
 
     def __init__(self, rows: int, context: int, device: torch.device) -> None:
         self.slots = torch.zeros(rows, context, dtype=torch.int64, device=device)
+
+    def add_nobody(self, slot: int) -> None:
+        """One row more, behind the others, whose positions all stand in this slot, which belongs to nobody."""
+        self.slots = torch.cat([self.slots, torch.full_like(self.slots[:1], slot)])
 
     def assign(self, row: int, *tables: PageTable) -> None:
         """Give a row the positions of these tables."""
@@ -53,17 +58,37 @@ def decode_inputs(
 
     `twins` follow as further rows, whose slots stand in the second half of the slot map.
     """
+    ids = last_tokens([*sequences, *twins], slot_map.slots.device)
+    return block_inputs(sequences, ids, 0, slot_map, invariant=invariant, twins=twins)
+
+
+def last_tokens(sequences: Ordered[Sequence], device: torch.device) -> Tensor:
+    """The token that each sequence runs next: int64, shape (sequences, 1)."""
+    return torch.tensor([[sequence.tokens[-1]] for sequence in sequences], device=device)
+
+
+def block_inputs(
+    sequences: Ordered[Sequence],
+    ids: Tensor,
+    offset: int,
+    slot_map: SlotMap,
+    *,
+    invariant: bool = False,
+    twins: Ordered[Sequence] = (),
+) -> PassInputs:
+    """Some queries for each sequence: `ids`, of shape (rows, queries), from `offset` behind its last token on."""
     device = slot_map.slots.device
     rows = [sequence.row for sequence in sequences]
     if twins:
         rows += [sequence.row + len(slot_map.slots) // 2 for sequence in twins]
-    everyone = [*sequences, *twins]
+    starts = [sequence.length - 1 + offset for sequence in (*sequences, *twins)]
+    queries = ids.shape[1]
     return PassInputs(
-        torch.tensor([[sequence.tokens[-1]] for sequence in everyone], device=device),
-        torch.tensor([[sequence.length - 1] for sequence in everyone], device=device),
+        ids,
+        torch.tensor([range(start, start + queries) for start in starts], device=device),
         slot_map.slots,
         torch.tensor(rows, device=device),
-        max(sequence.length for sequence in everyone),
+        max(starts) + queries,
         (*_groups(sequences, 0), *_groups(twins, len(sequences))),
         invariant=invariant,
     )
@@ -129,6 +154,20 @@ class ModelRunner:
             self.cache.advance(sequence, sequence.length - 1, sequence.length)
         return values
 
+    def run_block(self, sequences: Ordered[Sequence], inputs: PassInputs, offset: int) -> Tensor:
+        """Run the queries of `block_inputs`; float32 logits, shape (sequences, queries, vocabulary)."""
+        queries = inputs.ids.shape[1]
+        logits = self.logits(inputs, queries)
+        for sequence in sequences:
+            start = sequence.length - 1 + offset
+            self.cache.advance(sequence, start, start + queries)
+        return logits
+
+    def decode_static(self, inputs: PassInputs, paged: PagedBatch | None) -> Tensor:
+        """Run one query of each row on torch's operators and note nothing: float32 logits, shape (rows, vocabulary)."""
+        view = CacheView(self.cache, inputs, None, paged)
+        return fit(self._pass(self.model, inputs, view, logits_to_keep=1).logits[:, -1], self.vocabulary)
+
     def logits(self, inputs: PassInputs, logits_to_keep: int) -> Tensor:
         """One pass; float32 logits of the last positions, shape (rows, logits_to_keep, vocabulary)."""
         output = self._pass(self.model, inputs, logits_to_keep=logits_to_keep)
@@ -139,6 +178,6 @@ class ModelRunner:
         states: Tensor = self._pass(self.model.base_model, inputs).last_hidden_state[:, -1]
         return states
 
-    def _pass(self, module: nn.Module, inputs: PassInputs, **options: int) -> Any:
-        view = CacheView(self.cache, inputs, self.kernels)
+    def _pass(self, module: nn.Module, inputs: PassInputs, view: CacheView | None = None, **options: int) -> Any:
+        view = view or CacheView(self.cache, inputs, self.kernels)
         return module(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, kv=view, **options)

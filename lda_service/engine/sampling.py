@@ -3,6 +3,7 @@
 Filters are thresholds on the scaled logits, found among the largest candidates; the vocabulary is not sorted. A draw
 is argmax(logits / T + g) with Gumbel noise g hashed from (seed, sequence, position, token): the law is the softmax
 exactly, and a draw depends on nothing else in the batch. Rows with the same seed share their noise at every alpha.
+`Sampler.law` writes out the distribution that `Sampler.draw` draws from, for callers that compare two of them.
 """
 
 from __future__ import annotations
@@ -75,12 +76,46 @@ class Sampler:
             integers = (rows.top_k, rows.keys, rows.positions)
             mask = self._mask if self._has_forbidden else None
             return Drawn(*self.kernels.sample(after, before, mask, floats, integers, self._token_noise))
-        after, before = self.forbid(after), self.forbid(before)
+        amplified = self._amplify(self.forbid(after), self.forbid(before), rows)
+        sound = amplified.amax(1).isfinite()
+        return Drawn(*sample(amplified, rows), sound)
+
+    def law(self, after: Tensor, before: Tensor, rows: RowSampling) -> Tensor:
+        """The probabilities that `draw` draws with, after all filters; one-hot for greedy rows.
+
+        Returns:
+            float64, shape (rows, vocabulary); NaN throughout in rows whose logits are not finite.
+        """
+        amplified = self._amplify(self.forbid(after), self.forbid(before), rows)
+        sound = amplified.amax(1, keepdim=True).isfinite()
+        return torch.where(sound, filtered_law(amplified, rows), torch.nan)
+
+    def _amplify(self, after: Tensor, before: Tensor, rows: RowSampling) -> Tensor:
         amplified = amplify(after, before, rows.alpha)
         if bool((rows.plausibility > 0).any()):
             amplified = mask_implausible(amplified, after, rows.plausibility)
-        sound = amplified.amax(1).isfinite()
-        return Drawn(*sample(amplified, rows), sound)
+        return amplified
+
+    def draw_capturable(
+        self, after: Tensor, before: Tensor, rows: RowSampling, candidates: int
+    ) -> tuple[Drawn, Tensor]:
+        """`draw` on torch's operators without a look at any value, so that a CUDA graph can be made of it.
+
+        Args:
+            after: see `draw`.
+            before: see `draw`.
+            rows: see `draw`.
+            candidates: how many of the largest logits the filters look at; 0 if no row has a filter.
+
+        Returns:
+            what `draw` returns, and whether the candidates were enough: bool, shape (rows,). Where they were not, the
+            token means nothing, and the row must be drawn by `draw`.
+        """
+        after, before = self.forbid(after), self.forbid(before)
+        amplified = amplify(after, before, rows.alpha, capturable=True)
+        amplified = mask_implausible(amplified, after, rows.plausibility)
+        tokens, logprobs, enough = sample_capturable(amplified, rows, candidates)
+        return Drawn(tokens, logprobs, amplified.amax(1).isfinite()), enough
 
     def forbid(self, logits: Tensor) -> Tensor:
         """Rule out the ids that may never be drawn."""
@@ -124,10 +159,24 @@ def gumbel_noise(keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         float32, shape (rows, n). Uniforms have 53 bits, so that tails are right down to 1e-16.
     """
-    at = _mix_tensor(keys + positions * _signed(_GOLDEN))
-    bits = _mix_tensor(at[:, None] ^ _mix_tensor(tokens))
-    uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+    uniform = ((_bits(keys, positions, tokens) >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
     return uniform.log_().neg_().log_().neg_().float()
+
+
+def uniform_noise(keys: Tensor, positions: Tensor, tag: int) -> Tensor:
+    """One uniform number for each (sequence, position), strictly between 0 and 1: float64, shape (rows,).
+
+    `tag` says what it is for. It is negative, so that the noise of no token is used again.
+    """
+    assert tag < 0
+    bits = _bits(keys, positions, torch.full((1, 1), tag, device=keys.device))[:, 0]
+    return ((bits >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
+
+
+def _bits(keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """64 hashed bits for each (sequence, position, token): int64, shape (rows, n)."""
+    at = _mix_tensor(keys + positions * _signed(_GOLDEN))
+    return _mix_tensor(at[:, None] ^ _mix_tensor(tokens))
 
 
 def mask_implausible(amplified: Tensor, after: Tensor, plausibility: Tensor) -> Tensor:
@@ -152,7 +201,7 @@ def sample(logits: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
     tokens = logits.argmax(1)
     logprobs = torch.full((len(logits),), torch.nan, device=logits.device)
     warm = rows.temperature > 0
-    filtered = warm & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+    filtered = warm & _is_filtered(rows)
     for chosen, draw in ((filtered, _draw_filtered), (warm & ~filtered, _draw_all)):
         at = chosen.nonzero()[:, 0]
         if len(at):
@@ -161,6 +210,53 @@ def sample(logits: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
             relative = logits[at] - logits[at].amax(1, keepdim=True)
             tokens[at], logprobs[at] = draw(relative / part.temperature[:, None], part)
     return tokens, logprobs
+
+
+def sample_capturable(logits: Tensor, rows: RowSampling, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`sample` in fixed shapes: every way to draw is computed for every row, and each row takes its own.
+
+    Args:
+        logits: see `sample`.
+        rows: see `sample`.
+        candidates: see `Sampler.draw_capturable`.
+
+    Returns:
+        ids, log-probabilities, and whether the candidates were enough: bool, shape (rows,).
+    """
+    warm = rows.temperature > 0
+    filtered = warm & _is_filtered(rows)
+    relative = logits - logits.amax(1, keepdim=True)
+    scaled = relative / torch.where(warm, rows.temperature, 1.0)[:, None]
+    tokens, logprobs = _draw_all(scaled, rows)
+    enough = ~filtered
+    if candidates:
+        values, ids = scaled.topk(candidates, dim=1)
+        threshold = _threshold(values, scaled, rows)
+        settled = (values[:, -1] < threshold[:, 0]) & (rows.top_k <= candidates)
+        enough = torch.ones_like(settled) if candidates == scaled.shape[1] else enough | settled
+        among = _draw_among(values.masked_fill(values < threshold, -torch.inf), ids, rows)
+        tokens, logprobs = (
+            torch.where(filtered, few, all_) for few, all_ in zip(among, (tokens, logprobs), strict=True)
+        )
+    return torch.where(warm, tokens, logits.argmax(1)), torch.where(warm, logprobs, torch.nan), enough
+
+
+def filtered_law(logits: Tensor, rows: RowSampling) -> Tensor:
+    """The probabilities that `sample` draws with: float64, shape (rows, vocabulary); one-hot for greedy rows."""
+    warm = rows.temperature > 0
+    scaled = (logits - logits.amax(1, keepdim=True)) / torch.where(warm, rows.temperature, 1.0)[:, None]
+    at = (warm & _is_filtered(rows)).nonzero()[:, 0]
+    if len(at):
+        threshold = _candidates(scaled[at], RowSampling(*(setting[at] for setting in rows)))[2]
+        scaled[at] = scaled[at].masked_fill(scaled[at] < threshold, -torch.inf)
+    law = scaled.double().softmax(1)
+    if not bool(warm.all()):
+        law[~warm] = torch.nn.functional.one_hot(logits[~warm].argmax(1), logits.shape[1]).double()
+    return law
+
+
+def _is_filtered(rows: RowSampling) -> Tensor:
+    return (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
 
 
 def _draw_all(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
@@ -172,13 +268,18 @@ def _draw_all(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
 
 def _draw_filtered(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
     """Draw among the candidates that pass top_k, then top_p, then min_p."""
-    values, ids = _kept_candidates(scaled, rows)
+    values, ids, threshold = _candidates(scaled, rows)
+    return _draw_among(values.masked_fill(values < threshold, -torch.inf), ids, rows)
+
+
+def _draw_among(values: Tensor, ids: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
+    """Draw from the softmax of `values`, which belong to `ids`."""
     best = (values + gumbel_noise(rows.keys, rows.positions, ids)).argmax(1, keepdim=True)
     return ids.gather(1, best)[:, 0], values.gather(1, best)[:, 0] - values.logsumexp(1)
 
 
-def _kept_candidates(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]:
-    """The largest logits with the dropped ones at -inf, and their ids; as many as the filters need.
+def _candidates(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logits, as many as the filters need, their ids, and the smallest logit that passes.
 
     A threshold is certain once a candidate lies below it: then nothing outside the candidates can pass.
     """
@@ -188,7 +289,7 @@ def _kept_candidates(scaled: Tensor, rows: RowSampling) -> tuple[Tensor, Tensor]
         values, ids = scaled.topk(width, dim=1)
         threshold = _threshold(values, scaled, rows)
         if width == vocabulary or bool((values[:, -1:] < threshold).all()):
-            return values.masked_fill(values < threshold, -torch.inf), ids
+            return values, ids, threshold
         width = min(vocabulary, width * 8)
 
 

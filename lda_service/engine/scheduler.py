@@ -45,6 +45,11 @@ class Sequence:
     state: Any = None  # engine: text, scores, times
 
     @property
+    def is_running(self) -> bool:
+        """Whether it holds a row."""
+        return self.row >= 0
+
+    @property
     def length(self) -> int:
         """Prompt and new tokens."""
         return len(self.job.prompt_ids) + len(self.tokens)
@@ -221,11 +226,30 @@ class Scheduler:
         for sequence in sorted(self.running, key=_age):
             while sequence.table is not None and sequence.table.capacity < len(sequence.tokens):
                 if self.pool.num_free:
-                    part = self._allocate(sequence, sequence.table.stop, 1)
-                    sequence.table = sequence.table.extended(part)
-                    plan.grown.append((sequence, (part,)))
+                    plan.grown.append((sequence, (self._extend(sequence),)))
                 elif not self._drop_idle_prompt(plan):
                     self._preempt(max(self.running, key=_age), plan)
+
+    def look_ahead(self, sequence: Sequence, wanted: int) -> tuple[int, tuple[PageTable, ...]]:
+        """Slots for more than the next token of a running sequence, where each other row keeps a page to grow into.
+
+        Returns:
+            how many tokens, at most `wanted`, it may get in this step, and the tables new to it.
+        """
+        assert sequence.table is not None
+        new = []
+        wanted = min(wanted, sequence.max_new_tokens - len(sequence.tokens))
+        before = len(sequence.tokens) - 1  # the last token's own slot counts: it is run in this step
+        while sequence.table.capacity < before + wanted and self.pool.num_free and self._spare >= 0:
+            new.append(self._extend(sequence))
+        return min(wanted, sequence.table.capacity - before), tuple(new)
+
+    def _extend(self, sequence: Sequence) -> PageTable:
+        """Add a page to a running sequence's table; that page alone."""
+        assert sequence.table is not None
+        part = self._allocate(sequence, sequence.table.stop, 1)
+        sequence.table = sequence.table.extended(part)
+        return part
 
     def _allocate(self, sequence: Sequence, start: int, tokens: int) -> PageTable:
         """Fresh pages from `start` for at least `tokens` positions, not beyond the sequence's longest course."""
