@@ -22,6 +22,12 @@ RUN /opt/lda/bin/pip install --no-cache-dir --constraint constraints.txt ./clien
 
 FROM python:3.11-slim-bookworm
 
+# The C compiler builds the kernels of the CPU path at the first start, for the processor that it runs on.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
 RUN useradd --uid 10001 --create-home lda && install -d -o 10001 -g 10001 /models
 COPY --from=build /opt/lda /opt/lda
 

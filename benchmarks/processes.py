@@ -121,6 +121,8 @@ def environment(name: str) -> dict[str, str]:
     The number of threads is each engine's own choice; `OMP_NUM_THREADS`, if set, holds for all.
     """
     ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    if name == "ours":
+        ours["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # as the worker has it
     if name == "vllm":
         # Its own packages only. Without the variable it would take one thread less than there are cores.
         ours = {
