@@ -118,12 +118,13 @@ typedef struct {
 
 static inline long panels_of(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
 
-// y[rows][panels * 16] = x w + bias, by all threads of a parallel region; `tiles` holds rows * depth floats.
-static void product(const Weight *w, const float *x, long rows, float *tiles, float *y) {
+// y[rows][panels * 16] = x w + bias, by all threads of a parallel region; rows of x are `ldx` apart, `tiles` holds
+// rows * depth floats.
+static void product(const Weight *w, const float *x, long ldx, long rows, float *tiles, float *y) {
     long depth = w->depth, panels = panels_of(w), ldy = panels * PANEL, tile = tile_of(rows);
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r += tile)
-        transpose_tile(x + r * depth, depth, at_most(tile, rows - r), depth, tiles + r * depth);
+        transpose_tile(x + r * ldx, ldx, at_most(tile, rows - r), depth, tiles + r * depth);
     if (rows <= ROW_TILE && w->is_bf16) few_rows_bf16(tiles, rows, depth, w->data, panels, y, ldy);
     else if (rows <= ROW_TILE) few_rows_f32(tiles, rows, depth, w->data, panels, y, ldy);
     else if (w->is_bf16) many_rows_bf16(tiles, rows, depth, w->data, panels, y, ldy);
@@ -140,7 +141,7 @@ int lda_linear(const Weight *w, const float *x, long rows, float *y) {
     float *tiles = malloc(rows * w->depth * sizeof(float));
     if (!tiles) return 1;
 #pragma omp parallel if (rows * w->depth * w->outputs > SMALL)
-    product(w, x, rows, tiles, y);
+    product(w, x, w->depth, rows, tiles, y);
     free(tiles);
     return 0;
 }
@@ -153,14 +154,14 @@ int lda_gated_mlp(const Weight *gate, const Weight *up, const Weight *down, cons
     float *tiles = space, *a = tiles + rows * widest, *b = a + rows * inner;
 #pragma omp parallel if (rows * gate->depth * gate->outputs > SMALL)
     {
-        product(gate, x, rows, tiles, a);
-        product(up, x, rows, tiles, b);
+        product(gate, x, gate->depth, rows, tiles, a);
+        product(up, x, up->depth, rows, tiles, b);
 #pragma omp for schedule(static)
         for (long i = 0; i < rows * inner; i += LANES) {
             vec v = load_f32(a + i);
             store(a + i, v / (splat(1) + exp_of(-v)) * load_f32(b + i));
         }
-        product(down, a, rows, tiles, y);
+        product(down, a, inner, rows, tiles, y);
     }
     free(space);
     return 0;
