@@ -122,7 +122,7 @@ def environment(name: str) -> dict[str, str]:
     """
     ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     if name == "ours":
-        ours["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # as the worker has it
+        ours["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "3000")  # as the worker has it
     if name == "vllm":
         # Its own packages only. Without the variable it would take one thread less than there are cores.
         ours = {

@@ -107,9 +107,9 @@ def _settle_in() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Read when torch is loaded. The server's process needs a core now and then: threads that spin at a barrier would
-    # hold up the one thread that is late, for a time slice at each of some hundred barriers of a step.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is loaded. The server's process needs a core now and then: threads that spin for long at a barrier
+    # would hold up the one thread that is late, for a time slice at each of some hundred barriers of a step.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     parent = multiprocessing.parent_process()
 
     def follow_parent() -> None:
