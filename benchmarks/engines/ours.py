@@ -67,7 +67,7 @@ class Ours(child.Measured):
             self.engine.step()
             load = self.engine.load()
             most = max(most, load.pages_total - load.pages_free)
-        return {"held_tokens": most * self.engine.config.page_tokens, "needed_tokens": prompt + rows * new}
+        return {"held_tokens": most * self.engine.scheduler.pool.page_tokens, "needed_tokens": prompt + rows * new}
 
     def first_token(self, rows: int, prompt: int, seed: int) -> dict[str, int]:
         """Steps until a request's first token: on an idle engine, and while `rows` others decode."""
