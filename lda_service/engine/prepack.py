@@ -205,10 +205,15 @@ def swap_bodies(backend: Backend, models: Sequence[PreTrainedModel]) -> None:
             _swap(model, _one_dnn)
 
 
+def has_bf16_products() -> bool:
+    """Whether the processor multiplies bfloat16 itself."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _choose_for_bf16(model: PreTrainedModel, kernels: Kernels) -> Backend:
     """Products in float32 with bfloat16 weights, or oneDNN's bfloat16 where the processor has that and is faster."""
     ours = "native kernels: bfloat16 weights and cache, float32 products and sums"
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_bf16_products():
         summary = f"{ours}; this processor has no bfloat16 products"
         return Backend(kernels, torch.bfloat16, summary, invariant=True)
     weight = max((m.weight for m in model.modules() if type(m) is nn.Linear), key=Tensor.numel).detach()
