@@ -13,7 +13,7 @@ from torch.nn.functional import rms_norm, silu
 from lda_service.config import EngineConfig, PairConfig
 from lda_service.engine import native
 from lda_service.engine.engine import Engine
-from lda_service.engine.native import Product
+from lda_service.engine.native import Norm, Product
 from lda_service.engine.pair import load_pair
 from lda_service.engine.request import SequenceDelta
 
@@ -64,7 +64,7 @@ def test_gated_mlp(native_kernels, inner, width, rows, dtype):
 def test_rms_norm(native_kernels, width, offset):
     """As torch's own, for widths that no vector divides too."""
     x, weight = torch.randn(5, width), torch.randn(width)
-    out = native_kernels.rms_norm(x, weight, offset, 1e-6)
+    out = native_kernels.rms_norm(x, Norm(weight, offset, 1e-6))
     wanted = rms_norm(x.double(), (width,), (weight + offset).double(), 1e-6)
     torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-5)
 

@@ -15,7 +15,7 @@ import torch
 from lda_service.engine import native
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Sequence
 
     from torch import Tensor
 
@@ -41,9 +41,13 @@ class KVCache:
 
     def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The layer's tensors, for keys and values of shape (rows, kv_heads, queries, head_dim)."""
+        return self.of_shapes(layer, [(x.shape[1], x.shape[3]) for x in (key, value)], key)
+
+    def of_shapes(self, layer: int, shapes: Sequence[tuple[int, int]], like: Tensor) -> tuple[Tensor, ...]:
+        """The layer's tensors for keys and values of (kv_heads, head_dim), in the type of `like` unless one was set."""
         if layer not in self._layers:
-            shapes = [(self.num_slots, x.shape[1], x.shape[3]) for x in (key, value)]
-            self._layers[layer] = tuple(key.new_zeros(shape, dtype=self.dtype or key.dtype) for shape in shapes)
+            dtype = self.dtype or like.dtype
+            self._layers[layer] = tuple(like.new_zeros((self.num_slots, *shape), dtype=dtype) for shape in shapes)
         return self._layers[layer]
 
     @property

@@ -20,6 +20,7 @@ from lda_service import vocabulary
 from lda_service.engine import adapter
 from lda_service.engine.detokenizer import TokenPieces
 from lda_service.engine.fallback import Decoding
+from lda_service.engine.fused_layers import fuse_layers
 from lda_service.engine.lora import ALL, wrap
 from lda_service.engine.prepack import Backend, choose_backend, swap_bodies, swap_heads
 from lda_service.engine.quantize import CALIBRATION_TEXT, CALIBRATION_TOKENS, quantize
@@ -119,6 +120,7 @@ def load_pair(config: PairConfig) -> Pair:
         after, before = (_with_plain_logits(*side, adapted_rows) for side in ((after, ALL), (before, 0)))
         share_equal_tensors(*models)
     swap_bodies(backend, models)
+    _fuse(backend, after, before)
     logger.info("decoding with %s", backend.summary)
     info = PairInfo(
         after=after.info,
@@ -282,6 +284,14 @@ def _decoding(loaded: LoadedModel, backend: Backend, adapted_rows: AdaptedRows |
     if decoding is not Decoding.NATIVE:
         logger.warning("%s is decoded slowly: %s", model_id, decoding.value)
     return decoding
+
+
+def _fuse(backend: Backend, *sides: LoadedModel) -> None:
+    if backend.kernels is None or not backend.invariant:
+        return
+    for side in {id(side.model): side for side in sides}.values():
+        count = fuse_layers(side.model, backend.kernels, backend.cache_dtype, side.info.context_tokens)
+        logger.info("fused_layers=%d model=%s", count, side.info.model_id)
 
 
 def output_layer(model: PreTrainedModel) -> Any:

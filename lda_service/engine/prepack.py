@@ -18,7 +18,7 @@ from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
 from lda_service.engine import native
-from lda_service.engine.native import Product
+from lda_service.engine.native import Norm, Product
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,12 +95,12 @@ class NativeGatedMLP(nn.Module):
     def __init__(self, kernels: Kernels, gate: NativeLinear, up: NativeLinear, down: NativeLinear) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
-        self._products = gate.product, up.product, down.product
+        self.products = gate.product, up.product, down.product
         self._gated_mlp = kernels.gated_mlp
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., outputs of down), float32."""
-        return self._gated_mlp(x, *self._products)
+        return self._gated_mlp(x, *self.products)
 
 
 class NativeRMSNorm(nn.Module):
@@ -109,12 +109,12 @@ class NativeRMSNorm(nn.Module):
     def __init__(self, kernels: Kernels, norm: nn.Module, offset: float, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(norm.weight.detach().float(), requires_grad=False)  # type: ignore[operator]
-        self._settings = self.weight.data, offset, eps
+        self.norm = Norm(self.weight.data, offset, eps)
         self._rms_norm = kernels.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape of x, float32."""
-        return self._rms_norm(x, *self._settings)
+        return self._rms_norm(x, self.norm)
 
 
 class WideningEmbedding(nn.Module):

@@ -10,36 +10,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_long, c_void_p
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lda_service.engine.native.build import Unavailable as Unavailable
+from lda_service.engine.native.build import build
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 PANEL = 16
 MAX_HEAD_DIM = 256
 SHARED_ROWS = 4  # rows of a prompt from which turning its keys for all of them pays
-SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-BUILD_TIMEOUT_S = 120
 NO_MEMORY = "no memory for a kernel's work space"
-
-
-class Unavailable(Exception):
-    """The kernels cannot be used here; the message says why."""
 
 
 class Layout(Structure):
@@ -60,6 +47,11 @@ class Layout(Structure):
         ("stored", c_long),
     )
 
+    @functools.cached_property
+    def argument(self) -> Any:
+        """A reference to it."""
+        return byref(self)
+
 
 class _Shape(Structure):
     _fields_ = (
@@ -72,6 +64,10 @@ class _Shape(Structure):
         ("sinks", c_void_p),
         ("is_bf16", c_int),
     )
+
+
+class _Norm(Structure):
+    _fields_ = (("weight", c_void_p), ("width", c_long), ("offset", c_float), ("eps", c_float))
 
 
 class _Heads(Structure):
@@ -93,6 +89,15 @@ class _Weight(Structure):
     _fields_ = (("data", c_void_p), ("is_bf16", c_int), ("depth", c_long), ("outputs", c_long), ("bias", c_void_p))
 
 
+class _DecoderLayer(Structure):
+    _fields_ = (
+        *((name, _Weight) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _Norm) for name in ("before_attention", "of_query", "of_key", "after_attention")),
+        *((name, _Norm) for name in ("before_mlp", "after_mlp")),
+        ("shape", _Shape),
+    )
+
+
 class PackedWeight(NamedTuple):
     """A weight laid out for the kernels: `data` has shape (panels, inputs, 16), float32 or bfloat16."""
 
@@ -107,15 +112,60 @@ class Product:
         panels, self.depth, _ = weight.data.shape
         self.outputs, self.width = weight.outputs, panels * PANEL
         self._held = weight.data, bias
-        self.argument = byref(
-            _Weight(
-                weight.data.data_ptr(),
-                weight.data.dtype == torch.bfloat16,
-                self.depth,
-                self.outputs,
-                None if bias is None else bias.data_ptr(),
-            )
+        self.struct = _Weight(
+            weight.data.data_ptr(),
+            weight.data.dtype == torch.bfloat16,
+            self.depth,
+            self.outputs,
+            None if bias is None else bias.data_ptr(),
         )
+        self.argument = byref(self.struct)
+
+
+class Norm:
+    """Root-mean-square normalisation that scales by `offset + weight` (float32, shape (width,))."""
+
+    def __init__(self, weight: Tensor, offset: float, eps: float) -> None:
+        self._held = weight
+        self.struct = _Norm(weight.data_ptr(), len(weight), offset, eps)
+        self.argument = byref(self.struct)
+
+
+class AttentionShape(NamedTuple):
+    """What attention of a layer is like; `window` and `softcap` as in `Kernels.attend`."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int | None
+    scale: float
+    softcap: float | None
+
+    def struct(self, sinks: Tensor | None, is_bf16: bool) -> _Shape:
+        """The same for C."""
+        at = None if sinks is None else sinks.data_ptr()
+        return _Shape(
+            self.heads, self.kv_heads, self.dim, self.window or 0, self.scale, self.softcap or 0.0, at, is_bf16
+        )
+
+
+class DecoderLayer:
+    """The parts of a decoder layer, ready to be run in one call; all widths must be multiples of 16.
+
+    Args:
+        products: query, key, value, output, gate, up, down.
+        norms: by their names in layer.h; those left out do nothing.
+        attention: heads and how they score.
+    """
+
+    def __init__(self, products: Mapping[str, Product], norms: Mapping[str, Norm], attention: AttentionShape) -> None:
+        self._held = products, norms
+        self.attention = attention
+        structs: dict[str, Structure] = {name: product.struct for name, product in products.items()}
+        structs |= {name: norm.struct for name, norm in norms.items()}
+        # The cache's type is known when it is there.
+        self.structs = [_DecoderLayer(shape=attention.struct(None, is_bf16), **structs) for is_bf16 in (False, True)]
+        self.arguments = [byref(struct) for struct in self.structs]
 
 
 class Kernels:
@@ -128,10 +178,17 @@ class Kernels:
         library.lda_gated_mlp.argtypes = (weight, weight, weight, c_void_p, c_long, c_void_p)
         library.lda_pack.argtypes = (c_void_p, c_int, c_long, c_long, c_void_p)
         library.lda_pack.restype = None
-        library.lda_rms_norm.argtypes = (c_void_p, c_long, c_long, c_void_p, c_float, c_float, c_void_p)
+        library.lda_rms_norm.argtypes = (POINTER(_Norm), c_void_p, c_long, c_void_p)
         library.lda_rms_norm.restype = None
         heads = POINTER(_Heads)
         library.lda_attend.argtypes = (POINTER(Layout), POINTER(_Shape), heads, heads, heads) + (c_void_p,) * 3
+        library.lda_decoder_layer.argtypes = (
+            POINTER(_DecoderLayer),
+            POINTER(Layout),
+            *(c_void_p,) * 3,
+            c_long,
+            *(c_void_p,) * 3,
+        )
         library.lda_sample.argtypes = (POINTER(_Draw),)
 
     def pack(self, weight: Tensor) -> PackedWeight:
@@ -160,14 +217,44 @@ class Kernels:
             raise MemoryError(NO_MEMORY)
         return out if down.width == down.outputs else out[..., : down.outputs]
 
-    def rms_norm(self, x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """`x / sqrt(mean(x^2) + eps) * (offset + weight)` over the last dimension; float32."""
         x = _dense(x)
         out = torch.empty(x.shape)
-        width = x.shape[-1]
-        self._library.lda_rms_norm(
-            x.data_ptr(), x.numel() // width, width, weight.data_ptr(), offset, eps, out.data_ptr()
+        self._library.lda_rms_norm(norm.argument, x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
+        return out
+
+    def decoder_layer(
+        self, layer: DecoderLayer, layout: Layout, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, ...]
+    ) -> Tensor:
+        """A whole decoder layer: stores new keys and values, and attends to them and what stands before them.
+
+        Args:
+            layer: its parts.
+            layout: as for `attend`.
+            x: float32, shape (rows, queries, hidden), contiguous.
+            cos: float32, shape (rows, queries, turned), contiguous: of each position's angles.
+            sin: likewise.
+            cache: as for `attend`.
+
+        Returns:
+            float32, shape of x.
+        """
+        keys, values = cache
+        out = torch.empty(x.shape)
+        failed = self._library.lda_decoder_layer(
+            layer.arguments[keys.dtype == torch.bfloat16],
+            layout.argument,
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[-1],
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
         )
+        if failed:
+            raise MemoryError(NO_MEMORY)
         return out
 
     def attend(
@@ -202,18 +289,10 @@ class Kernels:
         rows, heads, queries, dim = query.shape
         keys, values = cache
         out = torch.empty(rows, queries, heads, dim)
-        shape = _Shape(
-            heads,
-            key.shape[1],
-            dim,
-            window or 0,
-            scale,
-            softcap or 0.0,
-            None if sinks is None else sinks.data_ptr(),
-            keys.dtype == torch.bfloat16,
-        )
+        attention = AttentionShape(heads, key.shape[1], dim, window, scale, softcap)
+        shape = attention.struct(sinks, keys.dtype == torch.bfloat16)
         failed = self._library.lda_attend(
-            byref(layout),
+            layout.argument,
             byref(shape),
             *(byref(_Heads(x.data_ptr(), *x.stride()[:3])) for x in (query, key, value)),
             keys.data_ptr(),
@@ -273,55 +352,9 @@ def load() -> Kernels:
     Raises:
         Unavailable: no compiler, a failed build, or wrong answers.
     """
-    kernels = Kernels(ctypes.CDLL(str(_build())))
+    kernels = Kernels(ctypes.CDLL(str(build())))
     _check(kernels)
     return kernels
-
-
-def _build() -> Path:
-    compiler = _compiler()
-    target = _run([compiler, "-march=native", "-E", "-dM", "-x", "c", os.devnull])
-    digest = hashlib.sha256(" ".join(FLAGS).encode() + target)
-    for source in sorted(SOURCES.glob("*.[ch]")):
-        digest.update(source.read_bytes())
-    folder = _cache_folder()
-    library = folder / f"kernels-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch, "kernels.so")
-            _run([compiler, *FLAGS, "-o", str(built), str(SOURCES / "kernels.c"), "-lm"])
-            built.replace(library)
-    return library
-
-
-def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
-        found = shutil.which(name)
-        if found:
-            return found
-    raise Unavailable("this machine has no C compiler (cc, gcc or clang)")
-
-
-def _cache_folder() -> Path:
-    """Where built code is kept for the next start."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    for folder in (Path(base, "lda-service"), Path(tempfile.gettempdir(), f"lda-service-{os.getuid()}")):
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
-    raise Unavailable("no folder to keep the built code in can be written")
-
-
-def _run(command: list[str]) -> bytes:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, timeout=BUILD_TIMEOUT_S).stdout
-    except subprocess.CalledProcessError as error:
-        raise Unavailable(f"{command[0]} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]} could not be run: {error}") from error
 
 
 def _check(kernels: Kernels) -> None:

@@ -210,47 +210,67 @@ static void attend_tile(const Layout *l, const Shape *s, const Heads *query, con
     }
 }
 
-static void store_new(const Layout *l, const Shape *s, const Heads *source, void *cache) {
+static void store_row(const Shape *s, const float *from, void *cache, int64_t slot, long head) {
+    long at = (slot * s->kv_heads + head) * s->dim;
+    if (s->is_bf16)
+        for (long d = 0; d < s->dim; d++) ((bf16 *)cache)[at + d] = narrow(from[d]);
+    else
+        memcpy((float *)cache + at, from, s->dim * sizeof(float));
+}
+
+static void store_new(const Layout *l, const Shape *s, const Heads *key, const Heads *value, void *keys, void *values) {
 #pragma omp for schedule(static)
     for (long i = 0; i < l->rows * l->queries; i++) {
         long row = i / l->queries, q = i % l->queries;
         if (l->positions[i] < l->stored) continue;
         int64_t slot = l->slot_map[l->row_index[row] * l->context + l->positions[i]];
         for (long h = 0; h < s->kv_heads; h++) {
-            const float *from = source->data + row * source->row + h * source->head + q * source->query;
-            long at = (slot * s->kv_heads + h) * s->dim;
-            if (s->is_bf16)
-                for (long d = 0; d < s->dim; d++) ((bf16 *)cache)[at + d] = narrow(from[d]);
-            else
-                memcpy((float *)cache + at, from, s->dim * sizeof(float));
+            store_row(s, key->data + row * key->row + h * key->head + q * key->query, keys, slot, h);
+            store_row(s, value->data + row * value->row + h * value->head + q * value->query, values, slot, h);
         }
     }
 }
 
-// Store the new keys and values, then attend. out is [rows][queries][heads][dim]. 0, or 1 when memory ran out.
+// How the queries of a pass are cut into pieces of work: one for each group, kv head and tile of queries.
+typedef struct {
+    long per_head, tiles, items;
+} Cut;
+
+static Cut cut_of(const Layout *l, const Shape *s) {
+    Cut cut = {.per_head = l->queries * (s->heads / s->kv_heads)};
+    long most = 0;
+    for (long g = 0; g < l->groups; g++) {
+        long count = (l->group_start[g + 1] - l->group_start[g]) * cut.per_head;
+        most = count > most ? count : most;
+    }
+    cut.tiles = (most + QUERY_TILE - 1) / QUERY_TILE;
+    cut.items = l->groups * s->kv_heads * cut.tiles;
+    return cut;
+}
+
+// Store the new keys and values, then attend, by all threads of a parallel region. out is [rows][queries][heads][dim].
+// 1 in a thread that found no memory.
+static int attend(const Layout *l, const Shape *s, const Cut *cut, const Heads *query, const Heads *key,
+                  const Heads *value, void *keys, void *values, float *out) {
+    store_new(l, s, key, value, keys, values);
+    Work *w = work_of_thread();
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < cut->items; item++) {
+        long group = item / (s->kv_heads * cut->tiles), head = item / cut->tiles % s->kv_heads;
+        long from = item % cut->tiles * QUERY_TILE;
+        long count = (l->group_start[group + 1] - l->group_start[group]) * cut->per_head;
+        if (w && from < count)
+            attend_tile(l, s, query, keys, values, group, head, from, at_most(count, from + QUERY_TILE), w, out);
+    }
+    return !w;
+}
+
+// 0, or 1 when memory ran out.
 int lda_attend(const Layout *l, const Shape *s, const Heads *query, const Heads *key, const Heads *value, void *keys,
                void *values, float *out) {
-    long shared = s->heads / s->kv_heads, items = 0, per_group = 0;
-    for (long g = 0; g < l->groups; g++) {
-        long count = (l->group_start[g + 1] - l->group_start[g]) * l->queries * shared;
-        per_group = count > per_group ? count : per_group;
-    }
-    long tiles = (per_group + QUERY_TILE - 1) / QUERY_TILE;
+    Cut cut = cut_of(l, s);
     int failed = 0;
-    items = l->groups * s->kv_heads * tiles;
-#pragma omp parallel if (items > 1 && l->rows * l->queries * s->heads * s->dim > 4096)
-    {
-        store_new(l, s, key, keys);
-        store_new(l, s, value, values);
-        Work *w = work_of_thread();
-        if (!w) failed = 1;
-#pragma omp for schedule(dynamic)
-        for (long item = 0; item < items; item++) {
-            long group = item / (s->kv_heads * tiles), head = item / tiles % s->kv_heads, from = item % tiles * QUERY_TILE;
-            long count = (l->group_start[group + 1] - l->group_start[group]) * l->queries * shared;
-            if (w && from < count)
-                attend_tile(l, s, query, keys, values, group, head, from, at_most(count, from + QUERY_TILE), w, out);
-        }
-    }
+#pragma omp parallel reduction(| : failed) if (cut.items > 1 && l->rows * l->queries * s->heads * s->dim > 4096)
+    failed = attend(l, s, &cut, query, key, value, keys, values, out);
     return failed;
 }

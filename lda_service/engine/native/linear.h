@@ -72,7 +72,7 @@ static void transpose_tile(const float *x, long ldx, long rows, long depth, floa
     static void few_rows_##SUFFIX(const float *tile, long rows, long depth, const TYPE *w, long panels,    \
                                   float *y, long ldy) {                                                    \
         long stride = depth * PANEL, width = rows <= 3 ? WIDE_PANELS[rows] : 1;                            \
-        _Pragma("omp for schedule(guided)") for (long p = 0; p < panels; p += width) {                     \
+        _Pragma("omp for schedule(guided) nowait") for (long p = 0; p < panels; p += width) {              \
             if (width > 1 && p + width <= panels)                                                          \
                 WIDE_##SUFFIX[rows](tile, w + p * stride, stride, depth, 0, y + p * PANEL, ldy);           \
             else                                                                                           \
@@ -95,7 +95,7 @@ static const float *panel_bf16(const bf16 *w, long count, float *scratch) {
                                    float *y, long ldy) {                                                   \
         float scratch[K_BLOCK * PANEL] __attribute__((aligned(64)));                                       \
         long tile = tile_of(rows);                                                                         \
-        _Pragma("omp for schedule(dynamic, 2)") for (long p = 0; p < panels; p++)                          \
+        _Pragma("omp for schedule(dynamic, 2) nowait") for (long p = 0; p < panels; p++)                   \
             for (long k = 0; k < depth; k += K_BLOCK) {                                                    \
                 long count = at_most(K_BLOCK, depth - k);                                                  \
                 const float *block = panel_##SUFFIX(w + (p * depth + k) * PANEL, count * PANEL, scratch);  \
@@ -118,51 +118,83 @@ typedef struct {
 
 static inline long panels_of(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
 
-// y[rows][panels * 16] = x w + bias, by all threads of a parallel region; rows of x are `ldx` apart, `tiles` holds
-// rows * depth floats.
-static void product(const Weight *w, const float *x, long ldx, long rows, float *tiles, float *y) {
-    long depth = w->depth, panels = panels_of(w), ldy = panels * PANEL, tile = tile_of(rows);
+// Rows of x, `ldx` apart, as the tiles that `multiply` reads, by all threads of a parallel region. `space` holds rows *
+// depth floats.
+static const float *tiles_of(const float *x, long ldx, long rows, long depth, float *space) {
+    long tile = tile_of(rows);
+    if (rows == 1) return x;
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r += tile)
-        transpose_tile(x + r * ldx, ldx, at_most(tile, rows - r), depth, tiles + r * depth);
+        transpose_tile(x + r * ldx, ldx, at_most(tile, rows - r), depth, space + r * depth);
+    return space;
+}
+
+// y[rows][panels * 16] = x w, by all threads. They do not wait for each other at the end.
+static void multiply(const Weight *w, const float *tiles, long rows, float *y) {
+    long depth = w->depth, panels = panels_of(w), ldy = panels * PANEL;
     if (rows <= ROW_TILE && w->is_bf16) few_rows_bf16(tiles, rows, depth, w->data, panels, y, ldy);
     else if (rows <= ROW_TILE) few_rows_f32(tiles, rows, depth, w->data, panels, y, ldy);
     else if (w->is_bf16) many_rows_bf16(tiles, rows, depth, w->data, panels, y, ldy);
     else many_rows_f32(tiles, rows, depth, w->data, panels, y, ldy);
-    if (w->bias) {
+}
+
+// After a barrier, and with one at the end.
+static void add_bias(const Weight *w, long rows, float *y) {
+    long ldy = panels_of(w) * PANEL;
+    if (!w->bias) return;
 #pragma omp for schedule(static)
-        for (long r = 0; r < rows; r++)
-            for (long n = 0; n < w->outputs; n++) y[r * ldy + n] += w->bias[n];
-    }
+    for (long r = 0; r < rows; r++)
+        for (long n = 0; n < w->outputs; n++) y[r * ldy + n] += w->bias[n];
+}
+
+// Products of the same x with `count` weights of one depth.
+static void products(long count, const Weight *const *w, const float *x, long ldx, long rows, float *space,
+                     float *const *y) {
+    const float *tiles = tiles_of(x, ldx, rows, w[0]->depth, space);
+    for (long i = 0; i < count; i++) multiply(w[i], tiles, rows, y[i]);
+#pragma omp barrier
+    for (long i = 0; i < count; i++) add_bias(w[i], rows, y[i]);
+}
+
+static void product(const Weight *w, const float *x, long ldx, long rows, float *space, float *y) {
+    products(1, &w, x, ldx, rows, space, &y);
 }
 
 // 0, or 1 when memory ran out.
 int lda_linear(const Weight *w, const float *x, long rows, float *y) {
-    float *tiles = malloc(rows * w->depth * sizeof(float));
-    if (!tiles) return 1;
+    float *space = malloc(rows * w->depth * sizeof(float));
+    if (!space) return 1;
 #pragma omp parallel if (rows * w->depth * w->outputs > SMALL)
-    product(w, x, w->depth, rows, tiles, y);
-    free(tiles);
+    product(w, x, w->depth, rows, space, y);
+    free(space);
     return 0;
 }
 
-// y = down(silu(gate(x)) * up(x)); 0, or 1 when memory ran out. y is [rows][panels of down * 16].
-int lda_gated_mlp(const Weight *gate, const Weight *up, const Weight *down, const float *x, long rows, float *y) {
+static inline long floats_of_mlp(const Weight *gate, long rows) {
     long inner = panels_of(gate) * PANEL, widest = gate->depth > inner ? gate->depth : inner;
-    float *space = malloc(rows * (widest + 2 * inner) * sizeof(float));
-    if (!space) return 1;
-    float *tiles = space, *a = tiles + rows * widest, *b = a + rows * inner;
-#pragma omp parallel if (rows * gate->depth * gate->outputs > SMALL)
-    {
-        product(gate, x, gate->depth, rows, tiles, a);
-        product(up, x, up->depth, rows, tiles, b);
+    return rows * (widest + 2 * inner);
+}
+
+// y[rows][panels of down * 16] = down(silu(gate(x)) * up(x)), by all threads; `space` holds `floats_of_mlp`.
+static void mlp(const Weight *gate, const Weight *up, const Weight *down, const float *x, long rows, float *space,
+                float *y) {
+    long inner = panels_of(gate) * PANEL;
+    float *a = space, *b = a + rows * inner, *tiles = b + rows * inner;
+    products(2, (const Weight *[]){gate, up}, x, gate->depth, rows, tiles, (float *[]){a, b});
 #pragma omp for schedule(static)
-        for (long i = 0; i < rows * inner; i += LANES) {
-            vec v = load_f32(a + i);
-            store(a + i, v / (splat(1) + exp_of(-v)) * load_f32(b + i));
-        }
-        product(down, a, inner, rows, tiles, y);
+    for (long i = 0; i < rows * inner; i += LANES) {
+        vec v = load_f32(a + i);
+        store(a + i, v / (splat(1) + exp_of(-v)) * load_f32(b + i));
     }
+    product(down, a, inner, rows, tiles, y);
+}
+
+// 0, or 1 when memory ran out.
+int lda_gated_mlp(const Weight *gate, const Weight *up, const Weight *down, const float *x, long rows, float *y) {
+    float *space = malloc(floats_of_mlp(gate, rows) * sizeof(float));
+    if (!space) return 1;
+#pragma omp parallel if (rows * gate->depth * gate->outputs > SMALL)
+    mlp(gate, up, down, x, rows, space, y);
     free(space);
     return 0;
 }
