@@ -36,7 +36,8 @@ typedef struct {
 
 typedef struct {
     float queries[QUERY_TILE * MAX_DIM], out[QUERY_TILE * MAX_DIM];
-    float keys[BLOCK * MAX_DIM], values[BLOCK * MAX_DIM], scores[ROW_TILE * BLOCK], turned[ROW_TILE * BLOCK];
+    float turned_queries[QUERY_TILE * MAX_DIM];  // tiles of ROW_TILE, each [dim][queries]
+    float keys[BLOCK * MAX_DIM], values[BLOCK * MAX_DIM], scores[ROW_TILE * BLOCK], turned_scores[ROW_TILE * BLOCK];
     float largest[QUERY_TILE], total[QUERY_TILE];
     int64_t position[QUERY_TILE];
 } Work;
@@ -104,7 +105,7 @@ static float weigh(const Shape *s, float *scores, long count, long first, int64_
         store(scores + j, e);
         sum += e;
     }
-    float factor = *largest == -INFINITY ? 0 : expf(*largest - now);
+    float factor = *largest == now ? 1 : *largest == -INFINITY ? 0 : expf(*largest - now);
     *total = *total * factor + sum_of(sum);
     *largest = now;
     return factor;
@@ -115,19 +116,18 @@ static void block_as_tiles(const Shape *s, Work *w, long from, long to, long cou
     long dim = padded(s->dim);
     for (long q = from; q < to;) {
         long n = at_most(ROW_TILE, to - q);
-        float turned[ROW_TILE * MAX_DIM];
-        transpose_tile(w->queries + q * dim, dim, n, dim, turned);
         for (long j = 0; j < count; j += PANEL)
-            NARROW_f32[n](turned, w->keys + j * dim, 0, dim, 0, w->scores + j, BLOCK);
+            NARROW_f32[n](w->turned_queries + q * dim, w->keys + j * dim, 0, dim, 0, w->scores + j, BLOCK);
         for (long i = 0; i < n; i++) {
             float *out = w->out + (q + i) * dim;
-            vec factor = splat(weigh(s, w->scores + i * BLOCK, count, first, w->position[q + i], &w->largest[q + i],
-                                     &w->total[q + i]));
-            for (long d = 0; d < dim; d += LANES) store(out + d, load_f32(out + d) * factor);
+            float factor = weigh(s, w->scores + i * BLOCK, count, first, w->position[q + i], &w->largest[q + i],
+                                 &w->total[q + i]);
+            if (factor != 1)
+                for (long d = 0; d < dim; d += LANES) store(out + d, load_f32(out + d) * splat(factor));
         }
-        transpose_tile(w->scores, BLOCK, n, count, w->turned);
+        transpose_tile(w->scores, BLOCK, n, count, w->turned_scores);
         for (long d = 0; d < dim; d += PANEL)
-            NARROW_f32[n](w->turned, w->values + d * BLOCK, 0, count, 1, w->out + q * dim + d, dim);
+            NARROW_f32[n](w->turned_scores, w->values + d * BLOCK, 0, count, 1, w->out + q * dim + d, dim);
         q += n;
     }
 }
@@ -162,7 +162,11 @@ static void block_as_dots(const Shape *s, Work *w, long q, const void *keys, con
 // Positions `start` to `stop` of one slot row, for queries `from` to `to`.
 static void over_positions(const Shape *s, Work *w, long from, long to, const void *keys, const void *values,
                            const int64_t *slots, long start, long stop, long head, int as_tiles) {
+    long dim = padded(s->dim);
     int tiles = as_tiles || s->dim % LANES;
+    if (tiles && start < stop)
+        for (long q = from; q < to; q += ROW_TILE)
+            transpose_tile(w->queries + q * dim, dim, at_most(ROW_TILE, to - q), dim, w->turned_queries + q * dim);
     for (long first = start; first < stop; first += BLOCK) {
         long count = at_most(BLOCK, stop - first);
         if (tiles) {

@@ -95,17 +95,25 @@ static long sorted_bin(const float *s, long n, int bin, float floor, float *out)
     return count;
 }
 
+// out = e^s; n values.
+static void weigh_all(const float *s, long n, float *out) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) store(out + i, exp_of(load_f32(s + i)));
+    for (; i < n; i++) out[i] = expf(s[i]);
+}
+
 // The smallest value that passes top_k, top_p and min_p; ties with it pass too. `space` holds n floats.
 static float threshold_of(const Draw *d, long row, const float *s, long n, float *space, Histogram *h) {
     double total = 0, target, sum = 0;
     float by_count = -INFINITY, by_mass = -INFINITY;
     long finite = 0, before = 0;
     memset(h, 0, sizeof *h);
+    weigh_all(s, n, space);
     for (long i = 0; i < n; i++)
         if (s[i] > -INFINITY) {
             int bin = bin_of(s[i]);
             h->count[bin]++;
-            h->mass[bin] += expf(s[i]);
+            h->mass[bin] += space[i];
             finite++;
         }
     if (d->top_k[row] > 0 && d->top_k[row] < finite) {
