@@ -9,19 +9,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lda_service import __version__
-from lda_service.config import DTYPES, QUANTIZE, SPECULATION, Config, EngineConfig, PairConfig, ServerConfig, pair_ids
+from lda_service.config import (
+    DTYPES,
+    QUANTIZE,
+    SPECULATION,
+    AdmissionConfig,
+    Config,
+    EngineConfig,
+    PairConfig,
+    ServerConfig,
+    pair_ids,
+)
 from lda_service.errors import LdaError
 from lda_service.telemetry import configure_logging
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-    from typing import Any
 
     from lda_service.pair_info import PairInfo
 
@@ -31,7 +41,7 @@ BUNDLED_NOTICE = """
 *  Set MODEL_AFTER_ID and MODEL_BEFORE_ID to serve models of your own.         *
 ********************************************************************************"""
 
-ENGINE, SERVER = EngineConfig(), ServerConfig()
+ENGINE, SERVER, ADMISSION = EngineConfig(), ServerConfig(), AdmissionConfig()
 
 log = logging.getLogger(__name__)
 
@@ -109,48 +119,88 @@ def main() -> None:
 @click.option("--allow-incompatible", is_flag=True, help="Serve a pair whose vocabularies differ, on its shared ids.")
 @click.option(
     "--drain-grace",
+    "drain_grace_s",
+    envvar="DRAIN_GRACE",
     default=SERVER.drain_grace_s,
     show_default=True,
     type=click.FloatRange(min=0),
     help="Seconds that running streams get at shutdown.",
 )
-def serve(
-    model_after_id: str | None,
-    model_before_id: str | None,
-    device: str,
-    dtype: str,
-    quantize: str,
-    host: str,
-    port: int,
-    max_running_sequences: int,
-    max_queued_requests: int,
-    kv_cache_tokens: int,
-    deterministic: bool,
-    native: bool,
-    speculation: str,
-    allow_incompatible: bool,
-    drain_grace: float,
-) -> None:
+@click.option(
+    "--worker-timeout",
+    "worker_timeout_s",
+    envvar="WORKER_TIMEOUT",
+    default=SERVER.worker_timeout_s,
+    show_default=True,
+    type=click.FloatRange(min=0.1),
+    help="Seconds without a sign of life after which the worker is replaced; no step may take as long.",
+)
+@click.option(
+    "--max-queued-tokens",
+    envvar="MAX_QUEUED_TOKENS",
+    default=ADMISSION.max_queued_tokens,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Tokens that waiting requests may ask for together, prompts and new ones; 0 means any number.",
+)
+@click.option(
+    "--max-requests-per-caller",
+    envvar="MAX_REQUESTS_PER_CALLER",
+    default=ADMISSION.max_requests_per_caller,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Requests that one caller (token, certificate or address) may have open; 0 means any number.",
+)
+@click.option(
+    "--max-message-bytes",
+    envvar="MAX_MESSAGE_BYTES",
+    default=SERVER.max_message_bytes,
+    show_default=True,
+    type=click.IntRange(min=1024),
+    help="Size of one message, in either direction.",
+)
+@click.option(
+    "--reflection/--no-reflection",
+    "has_reflection",
+    envvar="REFLECTION",
+    default=SERVER.has_reflection,
+    show_default=True,
+    help="Describe the services to callers that ask.",
+)
+@click.option(
+    "--admin/--no-admin",
+    "has_admin",
+    envvar="ADMIN",
+    default=SERVER.has_admin,
+    show_default=True,
+    help="Offer the methods of lda.v1.AdminService.",
+)
+def serve(**flags: Any) -> None:
     """Serve a pair of models until SIGTERM or Ctrl-C; a second signal stops at once."""
     configure_logging()
     try:
-        after, before = pair_ids(model_after_id, model_before_id)
-        config = Config(
-            pair=PairConfig(after, before, device, dtype, allow_incompatible, native, quantize),
-            engine=EngineConfig(
-                max_running_sequences=max_running_sequences,
-                max_queued_requests=max_queued_requests,
-                kv_cache_tokens=kv_cache_tokens,
-                deterministic=deterministic,
-                speculation=speculation,
-            ),
-            server=ServerConfig(host, port, drain_grace),
-        )
-        if not model_after_id:
+        config = _config(flags)
+        if not flags["model_after_id"]:
             log.warning("%s", BUNDLED_NOTICE)
         _run(_serve(config))
     except LdaError as error:
         _fail(error)
+
+
+def _config(flags: dict[str, Any]) -> Config:
+    """The settings that flags of the same names give. Raises `ConfigError`."""
+    flags = dict(flags)
+    after, before = pair_ids(flags.pop("model_after_id"), flags.pop("model_before_id"))
+    engine, server, admission = (
+        {field.name: flags.pop(field.name) for field in fields(kind) if field.name in flags}
+        for kind in (EngineConfig, ServerConfig, AdmissionConfig)
+    )
+    return Config(
+        pair=PairConfig(after, before, **flags),
+        engine=EngineConfig(**engine),
+        server=ServerConfig(**server),
+        admission=AdmissionConfig(**admission),
+    )
 
 
 @main.command()

@@ -79,13 +79,28 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AdmissionConfig:
+    """Who may come in besides the limits of the engine. Counts are over all waiting requests; 0 means no limit."""
+
+    max_queued_tokens: int = 8_000_000
+    max_requests_per_caller: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Where the server listens and how it stops. `port` 0 picks a free one."""
+    """Where the server listens, what it puts up with, and how it stops. `port` 0 picks a free one.
+
+    A worker that gives no sign of life for `worker_timeout_s` is replaced: longer than any step may take.
+    """
 
     host: str = "127.0.0.1"
     port: int = 50051
     drain_grace_s: float = 30.0
-    max_buffered_tokens: int = 65536
+    max_buffered_tokens: int = 16384
+    worker_timeout_s: float = 60.0
+    has_reflection: bool = True
+    has_admin: bool = True
+    max_message_bytes: int = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +110,7 @@ class Config:
     pair: PairConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
 
 def pair_ids(after: str | None, before: str | None) -> tuple[str, str]:

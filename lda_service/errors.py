@@ -6,9 +6,15 @@
     │   ├── ContextExceeded         prompt and output do not fit the context window
     │   ├── PromptUnusable          the prompt renders to nothing, or holds ids outside the shared vocabulary
     │   ├── NoChatTemplate          a chat was sent to a pair without a template
-    │   └── LimitExceeded           legal, but above a limit of this server
+    │   ├── LimitExceeded           legal, but above a limit of this server
+    │   └── UnknownGeneration       no generation of this id is open
+    ├── AccessError             the caller may not do this
+    │   ├── Unauthenticated         no token, an unknown or an expired one
+    │   └── PermissionDenied        the token does not allow it
     ├── Refused                 not now; the same request may succeed later or elsewhere
     │   ├── QueueFull
+    │   ├── CallerLimit             this caller has enough open
+    │   ├── DeadlineTooShort        it would wait longer than it has time
     │   ├── Loading
     │   └── Draining
     ├── StreamEnded             a running request was ended by the server
@@ -108,6 +114,31 @@ class LimitExceeded(RequestError):
     reason = "LIMIT_EXCEEDED"
 
 
+class UnknownGeneration(RequestError):
+    """No generation of this id is open on this server."""
+
+    code = "NOT_FOUND"
+    reason = "UNKNOWN_GENERATION"
+
+
+class AccessError(LdaError):
+    """The caller may not do this. The message tells nothing about what is served."""
+
+
+class Unauthenticated(AccessError):
+    """No bearer token, or one that is unknown or expired."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(AccessError):
+    """The token does not allow this method."""
+
+    code = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
+
+
 class Refused(LdaError):
     """Not now; the same request may succeed later or on another server."""
 
@@ -119,6 +150,20 @@ class QueueFull(Refused):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
+
+
+class CallerLimit(Refused):
+    """This caller has as many requests open as one caller may."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "CALLER_LIMIT"
+
+
+class DeadlineTooShort(Refused):
+    """The expected wait is longer than the time that the call has left."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_TOO_SHORT"
 
 
 class Loading(Refused):

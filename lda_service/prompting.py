@@ -117,6 +117,14 @@ class PromptRenderer:
         turns = [] if system is None else [("system", system)]
         return self.chat([*turns, ("user", prompt)])
 
+    def rendered(self, messages: Sequence[tuple[str, str]]) -> str:
+        """A conversation as the chat template writes it; for the exceptions see `chat`."""
+        return self._rendered(messages, continue_final_message=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text, without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def _rendered(self, messages: Sequence[tuple[str, str]], continue_final_message: bool) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
         try:

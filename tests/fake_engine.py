@@ -54,6 +54,12 @@ class FakePrompter:
     def chat(self, messages, continue_final_message=False):
         return tuple("".join(content for _, content in messages).encode())
 
+    def rendered(self, messages):
+        return "".join(f"<{role}>{content}" for role, content in messages)
+
+    def decode(self, ids):
+        return bytes(ids).decode()
+
 
 @dataclass
 class Running:

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "clients/python/lda_client/gen"
 PACKAGE = "lda_client.gen"
 INCLUDES = [ROOT / "proto", ROOT / "third_party/protovalidate", ROOT / "third_party/googleapis"]
-MESSAGES = ["lda/v1/lda_service.proto", "buf/validate/validate.proto"]
-SERVICES = ["lda/v1/lda_service.proto"]
+SERVICES = [f"lda/v1/{name}_service.proto" for name in ("lda", "completion", "admin")]
+MESSAGES = [*SERVICES, "buf/validate/validate.proto"]
 ABSOLUTE_IMPORT = re.compile(r"^(\s*)(from|import) (lda|buf)\b(?=[. ])", re.MULTILINE)
 QUALIFIED_NAME = re.compile(r"(?<![\w./\"'])((?:lda|buf)\.\w+\.\w+_pb2)\b")
 

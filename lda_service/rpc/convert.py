@@ -28,10 +28,11 @@ from lda_service.errors import InvalidRequest, LimitExceeded, PromptUnusable, Re
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from lda_service.config import EngineConfig
-    from lda_service.engine.request import Candidate, Diagnostics, ScoreBlock, SequenceDelta, SequenceFinished
+    from lda_service.config import AdmissionConfig, EngineConfig
+    from lda_service.engine.request import Candidate, Diagnostics, Load, ScoreBlock, SequenceDelta, SequenceFinished
     from lda_service.engine.request import TokenRecord as EngineToken
     from lda_service.pair_info import ModelInfo, PairInfo
+    from lda_service.rpc.admission import Admission
     from lda_service.vocabulary import CompatibilityReport
 
 DEFAULT_ALPHA = 1.0
@@ -65,6 +66,12 @@ class Prompter(Protocol):
 
     def chat(self, messages: Sequence[tuple[str, str]], continue_final_message: bool = False) -> tuple[int, ...]:
         """Ids of a conversation."""
+
+    def rendered(self, messages: Sequence[tuple[str, str]]) -> str:
+        """A conversation as the chat template writes it."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text, without special tokens."""
 
 
 def defaults(limits: EngineConfig) -> pb.GenerateLDARequest:
@@ -322,7 +329,7 @@ def _candidate(candidate: Candidate) -> pb.Candidate:
     )
 
 
-def model_pair(pair: PairInfo, limits: EngineConfig) -> pb.GetModelPairResponse:
+def model_pair(pair: PairInfo, limits: EngineConfig, admission: AdmissionConfig) -> pb.GetModelPairResponse:
     """Who is loaded, what is allowed, what is the default."""
     return pb.GetModelPairResponse(
         after=_model(pair.after),
@@ -335,12 +342,30 @@ def model_pair(pair: PairInfo, limits: EngineConfig) -> pb.GetModelPairResponse:
             min_alpha=limits.min_alpha,
             max_alpha=limits.max_alpha,
             max_sequences_per_request=limits.max_sequences_per_request,
+            max_queued_tokens=admission.max_queued_tokens,
+            max_requests_per_caller=admission.max_requests_per_caller,
         ),
         server_version=__version__,
         defaults=defaults(limits),
         pair_fingerprint=pair.fingerprint,
         has_chat_template=pair.has_chat_template,
         device=pair.device,
+    )
+
+
+def load(engine: Load, admission: Admission, limits: EngineConfig, *, accepts_work: bool) -> pb.GetLoadResponse:
+    """How busy the server is."""
+    wait_s = admission.expected_wait_s()
+    held = engine.pages_total - engine.pages_free
+    return pb.GetLoadResponse(
+        running_sequences=engine.running_sequences,
+        max_running_sequences=limits.max_running_sequences,
+        waiting_requests=admission.waiting_requests,
+        waiting_tokens=admission.waiting_tokens,
+        expected_wait=None if wait_s is None else duration(wait_s),
+        kv_cache_usage=held / engine.pages_total if engine.pages_total else 0.0,
+        open_requests=admission.open_requests,
+        accepts_work=accepts_work,
     )
 
 

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from lda_client.gen.lda.v1 import lda_service_pb2_grpc
+from lda_client.gen.lda.v1 import admin_service_pb2_grpc, completion_service_pb2_grpc, lda_service_pb2_grpc
 
 from lda_service.errors import Aborted, ConfigError, PortInUse
 from lda_service.prompting import PromptRenderer
+from lda_service.rpc.admin import AdminServicer
+from lda_service.rpc.completions import CompletionServicer
+from lda_service.rpc.generations import Generations
 from lda_service.rpc.health import NOT_SERVING, SERVICE, SERVING, HealthServicer
 from lda_service.rpc.interceptors import FaultInterceptor, RequestIdInterceptor, ValidationInterceptor
 from lda_service.rpc.servicer import LdaServicer
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
     from lda_service.pair_info import PairInfo
     from lda_service.rpc.convert import Prompter
 
-MESSAGE_BYTES_MAX = 4 << 20
+METADATA_BYTES_SOFT_MAX, METADATA_BYTES_MAX = 8 << 10, 16 << 10
 STOP_MARGIN_S = 1.0
+COMPLETIONS, ADMIN = "lda.v1.CompletionService", "lda.v1.AdminService"
 # Calls that are on their way when a drain begins get DRAINING, which clients retry; gRPC would just cancel them.
 DRAIN_NOTICE_S = 0.1
 
@@ -48,8 +52,8 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_concurrent_streams", 1024),
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_metadata_size", METADATA_BYTES_SOFT_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
     # Otherwise a second server binds the same port and takes half of the calls.
     ("grpc.so_reuseport", 0),
 )
@@ -78,9 +82,14 @@ class LdaServer:
         self._load_prompter = load_prompter
         self._health = HealthServicer("", SERVICE)
         self.worker = WorkerClient(config, factory, self._follow_worker)
-        self._servicer = LdaServicer(self.worker, config.engine)
+        self.generations = Generations(self.worker, config)
         self._server = grpc.aio.server(
-            interceptors=(RequestIdInterceptor(), FaultInterceptor(), ValidationInterceptor()), options=OPTIONS
+            interceptors=(RequestIdInterceptor(), FaultInterceptor(), ValidationInterceptor()),
+            options=(
+                *OPTIONS,
+                ("grpc.max_receive_message_length", config.server.max_message_bytes),
+                ("grpc.max_send_message_length", config.server.max_message_bytes),
+            ),
         )
 
     async def start(self) -> int:
@@ -91,13 +100,23 @@ class LdaServer:
             ConfigError: the address cannot be listened on for another reason.
         """
         port = self._bind()
-        lda_service_pb2_grpc.add_LdaServiceServicer_to_server(self._servicer, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._add_services()
         await self._server.start()
         self._health.set("", SERVING)
         self.worker.start()
         return port
+
+    def _add_services(self) -> None:
+        settings, server, generations = self._config.server, self._server, self.generations
+        names = [SERVICE, COMPLETIONS, health.SERVICE_NAME]
+        lda_service_pb2_grpc.add_LdaServiceServicer_to_server(LdaServicer(generations), server)
+        completion_service_pb2_grpc.add_CompletionServiceServicer_to_server(CompletionServicer(generations), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if settings.has_admin:
+            admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(generations), server)
+            names.append(ADMIN)
+        if settings.has_reflection:
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
 
     async def ready(self) -> PairInfo:
         """Wait until the pair is loaded and warmed up, then serve.
@@ -106,7 +125,7 @@ class LdaServer:
             LdaError: it cannot be loaded.
         """
         loading = asyncio.to_thread(self._load_prompter, self._config.pair.model_after_id)
-        pair, self._servicer.prompter = await asyncio.gather(self.worker.ready(), loading)
+        pair, self.generations.prompter = await asyncio.gather(self.worker.ready(), loading)
         self._follow_worker(self.worker.state)
         return pair
 
@@ -117,7 +136,7 @@ class LdaServer:
         """
         grace_s = self._config.server.drain_grace_s if grace_s is None else grace_s
         log.info("draining for up to %.0f s with %d open streams", grace_s, self.worker.open_streams)
-        self._servicer.draining = True
+        self.generations.draining = True
         self._health.drain()
         await asyncio.sleep(min(DRAIN_NOTICE_S, grace_s))
         stopped = asyncio.ensure_future(self._server.stop(grace_s + STOP_MARGIN_S))
@@ -129,7 +148,7 @@ class LdaServer:
 
     def _follow_worker(self, state: WorkerState) -> None:
         """The service is healthy while the worker is ready and prompts can be rendered."""
-        serving = state is WorkerState.READY and self._servicer.prompter is not None
+        serving = state is WorkerState.READY and self.generations.prompter is not None
         self._health.set(SERVICE, SERVING if serving else NOT_SERVING)
 
     def _bind(self) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from lda_service.engine.request import Load
 from lda_service.errors import Aborted, LdaError, Loading, StartupError, WorkerDied
 from lda_service.worker import process as worker_process
-from lda_service.worker.messages import Cancel, EventBatch, Ready, Shutdown, StartFailed, Submit
+from lda_service.worker.messages import Cancel, EventBatch, Ping, Ready, Shutdown, StartFailed, Submit
 from lda_service.worker.stream import EventStream
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RESTART_DELAY_S = 0.5
 RESTART_DELAY_MAX_S = 30.0
+HEARTBEATS = 4  # asked for within the time a worker may be silent
 SHUTDOWN_WAIT_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ class WorkerProcess:
     def send(self, message: Inbound) -> None:
         """Queue a message; never blocks."""
         self._outbox.put(message)
+
+    def kill(self) -> None:
+        """End it at once; `receive` is told when it is gone."""
+        self._process.kill()
 
     def stop(self, wait_s: float) -> None:
         """Wait for the process to end by itself, then make it. Blocks, so it is called off the loop."""
@@ -158,6 +163,7 @@ class WorkerClient:
         self._gone: asyncio.Future[None] | None = None  # done when _worker has ended; set by _run_worker
         self._first_start: asyncio.Future[PairInfo] | None = None  # set by start
         self._supervisor: asyncio.Task[None] | None = None  # set by start
+        self._heard_at = 0.0  # when the present worker last said anything
 
     @property
     def state(self) -> WorkerState:
@@ -268,12 +274,29 @@ class WorkerClient:
             self._worker_ended(self._worker)
             return 0.0
         log.info("worker %s started", self._worker.pid)
+        watch = asyncio.create_task(self._watch(self._worker), name="worker-heartbeat")
         await self._gone
+        watch.cancel()
         await asyncio.to_thread(self._worker.stop, 1.0)
         return time.perf_counter() - started
 
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """Ask for a sign of life now and then, and end a worker that gives none: it is replaced like a dead one."""
+        timeout_s = self._config.server.worker_timeout_s
+        while True:
+            await asyncio.sleep(timeout_s / HEARTBEATS)
+            if self._state is not WorkerState.READY:
+                continue
+            silent_s = time.perf_counter() - self._heard_at
+            if silent_s > timeout_s:
+                log.error("worker %s has not answered for %.1f s and is ended", worker.pid, silent_s)
+                worker.kill()
+                return
+            worker.send(Ping())
+
     def _receive(self, worker: WorkerProcess, message: Outbound | None) -> None:
         """On the loop: one message of the worker, or None for its end."""
+        self._heard_at = time.perf_counter()
         match message:
             case EventBatch(events, load):
                 self._load = load

@@ -35,7 +35,12 @@ class Shutdown:
     """To the worker: end the process. Running requests are ended with `Aborted`."""
 
 
-Inbound = Submit | Cancel | Shutdown
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """To the worker: answered by `Pong` between two steps. One that does not answer is stuck."""
+
+
+Inbound = Submit | Cancel | Shutdown | Ping
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,12 @@ class EventBatch:
     load: Load
 
 
-Outbound = Ready | StartFailed | EventBatch
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """From the worker: it is alive."""
+
+
+Outbound = Ready | StartFailed | EventBatch | Pong
 
 
 def sequences_of(request: GenerationRequest | ScoreRequest) -> int:

@@ -22,6 +22,8 @@ from lda_service.telemetry import configure_logging
 from lda_service.worker.messages import (
     Cancel,
     EventBatch,
+    Ping,
+    Pong,
     Ready,
     Shutdown,
     StartFailed,
@@ -173,6 +175,8 @@ class WorkerLoop:
                     self._submit(request)
                 case Cancel(request_id):
                     self._forget(request_id)
+                case Ping():
+                    self._connection.send(Pong())
                 case Shutdown():
                     return False
         return True
@@ -214,7 +218,7 @@ class WorkerLoop:
 
     def _survive(self, error: Exception) -> bool:
         """Out of memory costs the running requests; anything else costs all of them, and the process."""
-        if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        if any(kind.__name__ in ("OutOfMemoryError", "MemoryError") for kind in type(error).__mro__):
             for request_id in sorted(self._admitted or self._unfinished):
                 self._fail(request_id, OutOfMemory("Device memory ran out; ask for fewer sequences or tokens."))
             return True

@@ -12,14 +12,24 @@ from typing import TYPE_CHECKING
 from lda_service.engine.request import RequestFailed, SequenceDelta
 from lda_service.errors import SlowConsumer
 from lda_service.worker.messages import ends_sequence, sequences_of
+from lda_service.worker.pending import PendingDelta
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Self
 
-    from lda_service.engine.request import Event, GenerationRequest, ScoreRequest
+    from lda_service.engine.request import Event, GenerationRequest, Role, ScoreRequest, TokenRecord
     from lda_service.errors import LdaError
+
+
+EVENTS_BEHIND = 32  # waiting events from which a reader counts as behind
+MERGED_TOKENS_MAX = 256
+
+
+def weight(tokens: Sequence[TokenRecord]) -> int:
+    """What tokens cost in memory, in plain tokens: each alternative that comes with one is about as large."""
+    return sum(1 if token.diagnostics is None else 2 + len(token.diagnostics.candidates) for token in tokens)
 
 
 class EventStream:
@@ -38,8 +48,9 @@ class EventStream:
         self._max_buffered_tokens = max_buffered_tokens
         self._release = release  # called once, when the worker owes nothing more or is to stop
         self._sequences_open = sequences_of(request)  # counted down by push
-        self._events: deque[Event] = deque()  # filled by push, emptied by the reader
-        self._buffered_tokens = 0  # tokens in _events
+        self._events: deque[Event | PendingDelta] = deque()  # filled by push, emptied by the reader
+        self._tails: dict[tuple[Role, int], PendingDelta] = {}  # of each sequence, what in _events may still grow
+        self._buffered_tokens = 0  # weight of what is in _events
         self._error: LdaError | None = None  # what ended the stream before its time
         self._closed = False  # set once by close
         self._news = asyncio.Event()  # set when there is something to read or an end to see
@@ -60,15 +71,26 @@ class EventStream:
             self._sequences_open = 0
             self.fail(event.error)
             return
-        if isinstance(event, SequenceDelta):
-            self._buffered_tokens += len(event.tokens)
         self._sequences_open -= ends_sequence(event)
-        self._events.append(event)
+        if isinstance(event, SequenceDelta):
+            self._push_delta(event)
+        else:
+            self._events.append(event)
         self._news.set()
         if self._buffered_tokens > self._max_buffered_tokens:
             self._end_slow_reader()
         elif self.settled:
             self._release(self)
+
+    def _push_delta(self, delta: SequenceDelta) -> None:
+        """Once a reader is behind, new tokens join those of their sequence that wait already."""
+        self._buffered_tokens += weight(delta.tokens)
+        key = (delta.role, delta.sequence_index)
+        tail = self._tails.get(key)
+        if tail is None or len(tail.tokens) >= MERGED_TOKENS_MAX or len(self._events) < EVENTS_BEHIND:
+            tail = self._tails[key] = PendingDelta(delta)
+            self._events.append(tail)
+        tail.add(delta)
 
     def fail(self, error: LdaError) -> None:
         """End the stream with an error; what was delivered before it may still be read."""
@@ -96,9 +118,13 @@ class EventStream:
             if not await self._wait(timeout_s):
                 return None
         event = self._events.popleft()
-        if isinstance(event, SequenceDelta):
-            self._buffered_tokens -= len(event.tokens)
-        return event
+        if not isinstance(event, PendingDelta):
+            return event
+        key = (event.first.role, event.first.sequence_index)
+        if self._tails[key] is event:
+            del self._tails[key]
+        self._buffered_tokens -= weight(event.tokens)
+        return event.merged()
 
     async def _wait(self, timeout_s: float | None) -> bool:
         try:
@@ -112,6 +138,7 @@ class EventStream:
         """Drop what is buffered and stop: the memory of a stalled reader is bounded, whatever it asked for."""
         buffered = self._buffered_tokens
         self._events.clear()
+        self._tails.clear()
         self.fail(
             SlowConsumer(
                 f"The stream was ended because {buffered} tokens were waiting to be read; read faster, or ask for "

@@ -8,6 +8,7 @@
     │   ├── NoChatTemplate          a conversation was sent to a pair without a chat template
     │   ├── LimitExceeded           legal, but above a limit of this server
     │   ├── TokenizersIncompatible  the two vocabularies do not match
+    │   ├── UnknownGeneration       no generation of this id is open
     │   └── AccessDenied            no token, a wrong one, or one without the right
     ├── Unavailable             nothing is wrong with the request; try again later or elsewhere
     │   ├── Loading                 the models are still being loaded or warmed up
@@ -16,9 +17,11 @@
     │   └── ServerAway              nobody answers at the target, or the connection was lost
     ├── Exhausted               something ran out
     │   ├── QueueFull               as many requests wait as may wait
+    │   ├── CallerLimit             this caller has as many requests open as it may
     │   ├── SlowConsumer            the stream was read too slowly
     │   └── OutOfMemory             device memory ran out while serving the request
     ├── DeadlineExceeded        `timeout_s` went by
+    │   └── DeadlineTooShort        refused at once: the wait would have been longer
     ├── Aborted                 an operator or a shutdown ended the call
     ├── InternalServerError     a fault of the server
     └── StreamBroken            the stream ended or went on against the contract
@@ -132,6 +135,10 @@ class AccessDenied(RequestRejected):
     """The bearer token or client certificate is missing, wrong, or without the right to this call."""
 
 
+class UnknownGeneration(RequestRejected):
+    """No generation of this id is open on this server. Metadata: `generation_id`."""
+
+
 class Unavailable(LdaClientError):
     """Nothing is wrong with the request; try again later or at another server."""
 
@@ -160,6 +167,10 @@ class QueueFull(Exhausted):
     """As many requests wait as may wait. Metadata: `depth`, `capacity`."""
 
 
+class CallerLimit(Exhausted):
+    """This caller has as many requests open as one caller may. Metadata: `open`, `limit`."""
+
+
 class SlowConsumer(Exhausted):
     """The stream was read too slowly and the server ended it. Metadata: `buffered_tokens`."""
 
@@ -170,6 +181,10 @@ class OutOfMemory(Exhausted):
 
 class DeadlineExceeded(LdaClientError):
     """The deadline of the call, `timeout_s` or `Timeout`, went by. `time_budget_s` ends early without an error."""
+
+
+class DeadlineTooShort(DeadlineExceeded):
+    """Refused at once: the expected wait is longer than the deadline. Metadata: `expected_wait_ms`, `remaining_ms`."""
 
 
 class Aborted(LdaClientError):
@@ -200,6 +215,11 @@ ERRORS_BY_REASON: dict[int, type[LdaClientError]] = {
     pb.ERROR_REASON_OUT_OF_MEMORY: OutOfMemory,
     pb.ERROR_REASON_ABORTED: Aborted,
     pb.ERROR_REASON_INTERNAL: InternalServerError,
+    pb.ERROR_REASON_DEADLINE_TOO_SHORT: DeadlineTooShort,
+    pb.ERROR_REASON_CALLER_LIMIT: CallerLimit,
+    pb.ERROR_REASON_UNAUTHENTICATED: AccessDenied,
+    pb.ERROR_REASON_PERMISSION_DENIED: AccessDenied,
+    pb.ERROR_REASON_UNKNOWN_GENERATION: UnknownGeneration,
 }
 
 # For a status without a reason we know: one made by gRPC itself, a proxy, or a newer server.

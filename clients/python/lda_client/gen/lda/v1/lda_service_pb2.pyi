@@ -48,7 +48,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: `field`, `limit`.
     """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 7
-    """RESOURCE_EXHAUSTED. The queue is full. Metadata: `depth`, `capacity`."""
+    """RESOURCE_EXHAUSTED. As many requests, or as many of their tokens, wait as may wait.
+    Metadata: `depth`, `capacity`.
+    """
     ERROR_REASON_SLOW_CONSUMER: _ErrorReason.ValueType  # 8
     """RESOURCE_EXHAUSTED. The caller reads too slowly and the stream was ended. Metadata: `buffered_tokens`."""
     ERROR_REASON_LOADING: _ErrorReason.ValueType  # 9
@@ -63,6 +65,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED. An operator or a shutdown ended the stream."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 14
     """INTERNAL. A fault of the server; the log holds more under the same id. Metadata: `request_id`."""
+    ERROR_REASON_DEADLINE_TOO_SHORT: _ErrorReason.ValueType  # 15
+    """DEADLINE_EXCEEDED. Refused at once: the expected wait is longer than the time that the call has left.
+    Metadata: `expected_wait_ms`, `remaining_ms`.
+    """
+    ERROR_REASON_CALLER_LIMIT: _ErrorReason.ValueType  # 16
+    """RESOURCE_EXHAUSTED. This caller has as many requests open as one caller may. Metadata: `open`, `limit`."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 17
+    """UNAUTHENTICATED. The call carries no bearer token, or one that is unknown or expired."""
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 18
+    """PERMISSION_DENIED. The token does not allow this method. Metadata: `scope`, the one that is missing."""
+    ERROR_REASON_UNKNOWN_GENERATION: _ErrorReason.ValueType  # 19
+    """NOT_FOUND. No generation of this id is open on this server. Metadata: `generation_id`."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed; the `reason` of the `google.rpc.ErrorInfo` that every error
@@ -91,7 +105,9 @@ ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 6
 Metadata: `field`, `limit`.
 """
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 7
-"""RESOURCE_EXHAUSTED. The queue is full. Metadata: `depth`, `capacity`."""
+"""RESOURCE_EXHAUSTED. As many requests, or as many of their tokens, wait as may wait.
+Metadata: `depth`, `capacity`.
+"""
 ERROR_REASON_SLOW_CONSUMER: ErrorReason.ValueType  # 8
 """RESOURCE_EXHAUSTED. The caller reads too slowly and the stream was ended. Metadata: `buffered_tokens`."""
 ERROR_REASON_LOADING: ErrorReason.ValueType  # 9
@@ -106,6 +122,18 @@ ERROR_REASON_ABORTED: ErrorReason.ValueType  # 13
 """ABORTED. An operator or a shutdown ended the stream."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 14
 """INTERNAL. A fault of the server; the log holds more under the same id. Metadata: `request_id`."""
+ERROR_REASON_DEADLINE_TOO_SHORT: ErrorReason.ValueType  # 15
+"""DEADLINE_EXCEEDED. Refused at once: the expected wait is longer than the time that the call has left.
+Metadata: `expected_wait_ms`, `remaining_ms`.
+"""
+ERROR_REASON_CALLER_LIMIT: ErrorReason.ValueType  # 16
+"""RESOURCE_EXHAUSTED. This caller has as many requests open as one caller may. Metadata: `open`, `limit`."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 17
+"""UNAUTHENTICATED. The call carries no bearer token, or one that is unknown or expired."""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 18
+"""PERMISSION_DENIED. The token does not allow this method. Metadata: `scope`, the one that is missing."""
+ERROR_REASON_UNKNOWN_GENERATION: ErrorReason.ValueType  # 19
+"""NOT_FOUND. No generation of this id is open on this server. Metadata: `generation_id`."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 class _ModelRole:
@@ -424,7 +452,7 @@ class OutputOptions(_message.Message):
     top_candidates: _builtins.int
     """Alternatives per position."""
     max_tokens_per_event: _builtins.int
-    """Tokens put in one message at most; unset means one."""
+    """Tokens put in one message at most; unset means one. A caller that falls behind gets more."""
     @_builtins.property
     def max_event_delay(self) -> _duration_pb2.Duration:
         """Longest time a token waits for company; unset means until the event is full."""
@@ -1424,6 +1452,8 @@ class Limits(_message.Message):
     MIN_ALPHA_FIELD_NUMBER: _builtins.int
     MAX_ALPHA_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_PER_REQUEST_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_REQUESTS_PER_CALLER_FIELD_NUMBER: _builtins.int
     max_context_tokens: _builtins.int
     """Longest prompt plus output."""
     max_new_tokens: _builtins.int
@@ -1438,6 +1468,10 @@ class Limits(_message.Message):
     """Largest alpha."""
     max_sequences_per_request: _builtins.int
     """Largest `num_sequences`."""
+    max_queued_tokens: _builtins.int
+    """Tokens that waiting requests may ask for together: prompts, and new tokens of every sequence."""
+    max_requests_per_caller: _builtins.int
+    """Requests that one caller may have open."""
     def __init__(
         self,
         *,
@@ -1448,11 +1482,82 @@ class Limits(_message.Message):
         min_alpha: _builtins.float = ...,
         max_alpha: _builtins.float = ...,
         max_sequences_per_request: _builtins.int = ...,
+        max_queued_tokens: _builtins.int = ...,
+        max_requests_per_caller: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_alpha", b"max_alpha", "max_context_tokens", b"max_context_tokens", "max_new_tokens", b"max_new_tokens", "max_queued_requests", b"max_queued_requests", "max_running_sequences", b"max_running_sequences", "max_sequences_per_request", b"max_sequences_per_request", "min_alpha", b"min_alpha"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_alpha", b"max_alpha", "max_context_tokens", b"max_context_tokens", "max_new_tokens", b"max_new_tokens", "max_queued_requests", b"max_queued_requests", "max_queued_tokens", b"max_queued_tokens", "max_requests_per_caller", b"max_requests_per_caller", "max_running_sequences", b"max_running_sequences", "max_sequences_per_request", b"max_sequences_per_request", "min_alpha", b"min_alpha"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class GetLoadRequest(_message.Message):
+    """Request of `GetLoad`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLoadRequest: _TypeAlias = GetLoadRequest  # noqa: Y015
+
+@_typing.final
+class GetLoadResponse(_message.Message):
+    """Response of `GetLoad`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNING_SEQUENCES_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_SEQUENCES_FIELD_NUMBER: _builtins.int
+    WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
+    WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
+    KV_CACHE_USAGE_FIELD_NUMBER: _builtins.int
+    OPEN_REQUESTS_FIELD_NUMBER: _builtins.int
+    ACCEPTS_WORK_FIELD_NUMBER: _builtins.int
+    running_sequences: _builtins.int
+    """Sequences being decoded."""
+    max_running_sequences: _builtins.int
+    """Sequences that can be decoded at once."""
+    waiting_requests: _builtins.int
+    """Requests that wait for their first sequence to run."""
+    waiting_tokens: _builtins.int
+    """Tokens that those ask for: prompts, and new tokens of every sequence."""
+    kv_cache_usage: _builtins.float
+    """Share of the KV cache that is held, from 0 to 1."""
+    open_requests: _builtins.int
+    """Requests open in any state."""
+    accepts_work: _builtins.bool
+    """Whether the server takes new work."""
+    @_builtins.property
+    def expected_wait(self) -> _duration_pb2.Duration:
+        """How long a request that came now would wait; unset while that is not known."""
+
+    def __init__(
+        self,
+        *,
+        running_sequences: _builtins.int = ...,
+        max_running_sequences: _builtins.int = ...,
+        waiting_requests: _builtins.int = ...,
+        waiting_tokens: _builtins.int = ...,
+        expected_wait: _duration_pb2.Duration | None = ...,
+        kv_cache_usage: _builtins.float = ...,
+        open_requests: _builtins.int = ...,
+        accepts_work: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_work", b"accepts_work", "expected_wait", b"expected_wait", "kv_cache_usage", b"kv_cache_usage", "max_running_sequences", b"max_running_sequences", "open_requests", b"open_requests", "running_sequences", b"running_sequences", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLoadResponse: _TypeAlias = GetLoadResponse  # noqa: Y015

@@ -67,6 +67,11 @@ class LdaServiceStub:
                 request_serializer=lda_dot_v1_dot_lda__service__pb2.GetModelPairRequest.SerializeToString,
                 response_deserializer=lda_dot_v1_dot_lda__service__pb2.GetModelPairResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/lda.v1.LdaService/GetLoad',
+                request_serializer=lda_dot_v1_dot_lda__service__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=lda_dot_v1_dot_lda__service__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
 
 
 class LdaServiceServicer:
@@ -116,6 +121,13 @@ class LdaServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """Tells how busy this server is, for balancers and autoscalers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LdaServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +155,11 @@ def add_LdaServiceServicer_to_server(servicer, server):
                     servicer.GetModelPair,
                     request_deserializer=lda_dot_v1_dot_lda__service__pb2.GetModelPairRequest.FromString,
                     response_serializer=lda_dot_v1_dot_lda__service__pb2.GetModelPairResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=lda_dot_v1_dot_lda__service__pb2.GetLoadRequest.FromString,
+                    response_serializer=lda_dot_v1_dot_lda__service__pb2.GetLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -288,6 +305,33 @@ class LdaService:
             '/lda.v1.LdaService/GetModelPair',
             lda_dot_v1_dot_lda__service__pb2.GetModelPairRequest.SerializeToString,
             lda_dot_v1_dot_lda__service__pb2.GetModelPairResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lda.v1.LdaService/GetLoad',
+            lda_dot_v1_dot_lda__service__pb2.GetLoadRequest.SerializeToString,
+            lda_dot_v1_dot_lda__service__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

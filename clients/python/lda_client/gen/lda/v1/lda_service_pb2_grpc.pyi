@@ -53,6 +53,8 @@ class LdaServiceStub:
     """Teacher-forces a given text through both models, position by position."""
     GetModelPair: _grpc.UnaryUnaryMultiCallable[_lda_service_pb2.GetModelPairRequest, _lda_service_pb2.GetModelPairResponse]
     """Describes the loaded pair and the limits this server enforces."""
+    GetLoad: _grpc.UnaryUnaryMultiCallable[_lda_service_pb2.GetLoadRequest, _lda_service_pb2.GetLoadResponse]
+    """Tells how busy this server is, for balancers and autoscalers."""
 
 @_typing.type_check_only
 class LdaServiceAsyncStub(LdaServiceStub):
@@ -79,6 +81,8 @@ class LdaServiceAsyncStub(LdaServiceStub):
     """Teacher-forces a given text through both models, position by position."""
     GetModelPair: _aio.UnaryUnaryMultiCallable[_lda_service_pb2.GetModelPairRequest, _lda_service_pb2.GetModelPairResponse]  # type: ignore[assignment]
     """Describes the loaded pair and the limits this server enforces."""
+    GetLoad: _aio.UnaryUnaryMultiCallable[_lda_service_pb2.GetLoadRequest, _lda_service_pb2.GetLoadResponse]  # type: ignore[assignment]
+    """Tells how busy this server is, for balancers and autoscalers."""
 
 class LdaServiceServicer(metaclass=_abc_1.ABCMeta):
     """Streams text generated from a pair of models that share one vocabulary.
@@ -132,5 +136,13 @@ class LdaServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_lda_service_pb2.GetModelPairResponse, _abc.Awaitable[_lda_service_pb2.GetModelPairResponse]]:
         """Describes the loaded pair and the limits this server enforces."""
+
+    @_abc_1.abstractmethod
+    def GetLoad(
+        self,
+        request: _lda_service_pb2.GetLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_lda_service_pb2.GetLoadResponse, _abc.Awaitable[_lda_service_pb2.GetLoadResponse]]:
+        """Tells how busy this server is, for balancers and autoscalers."""
 
 def add_LdaServiceServicer_to_server(servicer: LdaServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
