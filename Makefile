@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo serve test lint breaking generate train-demo bench bench-peers clean
+.PHONY: help install demo serve test lint breaking generate train-demo fuzz soak bench bench-peers clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,12 @@ generate: $(DEV) ## Write the generated code of the contract
 
 train-demo: $(RUNTIME) ## Train the bundled pair again, into OUTPUT
 	$(BIN)/python -m lda_service.pairs.demo.recipe --output $(OUTPUT)
+
+fuzz: $(DEV) ## Send 100,000 bad requests to a server; flags in ARGS
+	$(BIN)/python tests/reliability/fuzz.py $(ARGS)
+
+soak: $(DEV) ## Load a server for 30 minutes with cancels, deadlines and kills; flags in ARGS
+	$(BIN)/python tests/reliability/soak.py $(ARGS)
 
 bench: $(BENCH) ## Measure the engine and its peers on this machine, in an hour or more; flags in ARGS
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -89,6 +89,22 @@ def main() -> None:
     help="Requests that may wait; more are refused.",
 )
 @click.option(
+    "--max-new-tokens",
+    envvar="MAX_NEW_TOKENS",
+    default=ENGINE.max_new_tokens,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="New tokens that one sequence may ask for.",
+)
+@click.option(
+    "--max-sequences-per-request",
+    envvar="MAX_SEQUENCES_PER_REQUEST",
+    default=ENGINE.max_sequences_per_request,
+    show_default=True,
+    type=click.IntRange(1, 1024),
+    help="Sequences that one request may ask for.",
+)
+@click.option(
     "--kv-cache-tokens",
     default=ENGINE.kv_cache_tokens,
     show_default=True,
@@ -150,6 +166,14 @@ def main() -> None:
     show_default=True,
     type=click.IntRange(min=0),
     help="Requests that one caller (token, certificate or address) may have open; 0 means any number.",
+)
+@click.option(
+    "--max-buffered-tokens",
+    envvar="MAX_BUFFERED_TOKENS",
+    default=SERVER.max_buffered_tokens,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Tokens that may wait for a slow reader before its stream is ended.",
 )
 @click.option(
     "--max-message-bytes",

@@ -3,11 +3,15 @@
 The prompt says how to behave. By default every sequence gets one letter per step until `max_new_tokens`.
 
     hold            admitted, then silent until cancelled
-    wide            a token is 64 KiB of text
+    wide, broad     a token is 64 KiB, or 1 KiB, of text
     cancelled? ID   silent until that request was cancelled
     full, long      refused on submission
     crash, oom      the next step raises
     exit            the process ends in the next step
+    stuck           the next step never ends
+    clock           a token at every 30th of a second, its text the monotonic time in nanoseconds
+
+Requests wait while as many sequences run as `max_running_sequences` allows.
 """
 
 from __future__ import annotations
@@ -30,9 +34,11 @@ from lda_service.engine.request import (
 from lda_service.errors import ContextExceeded, ModelNotFound, QueueFull
 from lda_service.pair_info import ModelInfo, PairInfo
 from lda_service.vocabulary import CompatibilityReport
+from lda_service.worker.messages import sequences_of
 
 SECRET = "secret path /models/x"
 WIDE = "w" * 65536
+TICK_S = 1 / 30
 
 
 class OutOfMemoryError(RuntimeError):
@@ -70,8 +76,10 @@ class Running:
 
 @dataclass
 class FakeEngine:
+    rows: int = 64
     running: dict[str, Running] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
+    next_tick: float = 0.0
 
     @property
     def has_work(self):
@@ -81,7 +89,15 @@ class FakeEngine:
         pass
 
     def load(self):
-        return Load(running_sequences=len(self.running))
+        return Load(running_sequences=self.rows_taken, waiting_requests=len(self.running) - self.admitted)
+
+    @property
+    def admitted(self):
+        return sum(running.admitted for running in self.running.values())
+
+    @property
+    def rows_taken(self):
+        return sum(sequences_of(running.request) for running in self.running.values() if running.admitted)
 
     def submit(self, request):
         behaviour = _behaviour(request)
@@ -96,16 +112,28 @@ class FakeEngine:
             self.cancelled.append(request_id)
 
     def step(self):
-        time.sleep(0.001)
+        self._pace()
         return [event for running in list(self.running.values()) for event in self._advance(running)]
+
+    def _pace(self):
+        """The time a step takes: a thousandth of a second, or as the clock says while one is asked for."""
+        if any(_behaviour(running.request) == "clock" for running in self.running.values()):
+            time.sleep(max(0.0, self.next_tick - time.perf_counter()))
+            self.next_tick = max(self.next_tick, time.perf_counter() - TICK_S) + TICK_S
+        else:
+            time.sleep(0.001)
 
     def _advance(self, running):
         request, behaviour = running.request, _behaviour(running.request)
         if not running.admitted:
+            if self.rows_taken and self.rows_taken + sequences_of(request) > self.rows:
+                return []
             running.admitted = True
             return [Admitted(request.request_id)]
         if behaviour == "exit":
             os._exit(3)
+        if behaviour == "stuck":
+            time.sleep(3600)
         if behaviour in ("crash", "oom"):
             raise (OutOfMemoryError if behaviour == "oom" else RuntimeError)(SECRET)
         question, _, request_id = behaviour.partition(" ")
@@ -113,8 +141,7 @@ class FakeEngine:
             return []
         if isinstance(request, ScoreRequest):
             return self._score(request)
-        text = WIDE if behaviour == "wide" else chr(ord("a") + running.tokens % 26)
-        return self._decode(running, text)
+        return self._decode(running, _text(behaviour, running.tokens))
 
     def _decode(self, running, text):
         request = running.request
@@ -148,6 +175,13 @@ class FakeEngine:
         ]
 
 
+def _text(behaviour, index):
+    """The text of a token."""
+    if behaviour == "clock":
+        return f"{time.monotonic_ns()} "
+    return {"wide": WIDE, "broad": WIDE[:1024]}.get(behaviour, chr(ord("a") + index % 26))
+
+
 def _behaviour(request):
     return bytes(request.prompt_ids).decode()
 
@@ -175,7 +209,7 @@ def load(config):
         chat_templates_equal=True,
         verdict="The two vocabularies are equal.",
     )
-    return FakeEngine(), PairInfo(model, model, "cpu", "f1", True, report)
+    return FakeEngine(config.engine.max_running_sequences), PairInfo(model, model, "cpu", "f1", True, report)
 
 
 def load_missing(config):

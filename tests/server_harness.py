@@ -5,28 +5,30 @@ Run as a program it serves until a signal, and prints its port, the worker's pro
 
 from __future__ import annotations
 
-import asyncio
+import argparse
 import sys
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import grpc
+import uvloop
 from fake_engine import FakePrompter
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from lda_client.gen.lda.v1 import admin_service_pb2_grpc, completion_service_pb2_grpc, lda_service_pb2_grpc
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
-from lda_client.gen.lda.v1 import lda_service_pb2_grpc
 
-from lda_service.config import Config, EngineConfig, PairConfig, ServerConfig
+from lda_service.config import AdmissionConfig, Config, EngineConfig, PairConfig, ServerConfig
 from lda_service.rpc.server import LdaServer, run
 
 SERVICE = "lda.v1.LdaService"
 
 
-def make_server(factory="fake_engine:load", engine=None, **server):
+def make_server(factory="fake_engine:load", engine=None, admission=None, **server):
     """A server on a free port, not started."""
-    config = Config(PairConfig("a", "b"), engine or EngineConfig(), ServerConfig(**{"port": 0, **server}))
+    settings = ServerConfig(**{"port": 0, **server})
+    config = Config(PairConfig("a", "b"), engine or EngineConfig(), settings, admission or AdmissionConfig())
     return LdaServer(config, factory, lambda model_id: FakePrompter())
 
 
@@ -41,6 +43,8 @@ class Client:
     def __post_init__(self):
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=self.options)
         self.lda = lda_service_pb2_grpc.LdaServiceStub(self.channel)
+        self.completions = completion_service_pb2_grpc.CompletionServiceStub(self.channel)
+        self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
 
     def generate(self, text="hi", *, timeout=30, metadata=None, tokens=3, **fields):
@@ -52,6 +56,9 @@ class Client:
     async def engine_cancelled(self, generation_id):
         """Wait until the engine was told to cancel this generation."""
         assert await outcome(self.generate(f"cancelled? {generation_id}")) == "OK"
+
+    async def load(self):
+        return await self.lda.GetLoad(pb.GetLoadRequest(), timeout=30)
 
     def watch(self, service=SERVICE):
         return self.health.Watch(health_pb2.HealthCheckRequest(service=service), timeout=30)
@@ -108,8 +115,11 @@ async def messages(call):
 async def outcome(call):
     """Read a call to its end; the name of its code, which gRPC does not know before that."""
     with suppress(grpc.aio.AioRpcError):
-        async for _ in messages(call):
-            pass
+        if isinstance(call, grpc.aio.UnaryUnaryCall):
+            await call
+        else:
+            async for _ in messages(call):
+                pass
     return (await call.code()).name
 
 
@@ -125,8 +135,8 @@ async def failure(call):
     return Failure(code, await call.details(), details, dict(await call.initial_metadata()), dict(trailing))
 
 
-async def _main():
-    server = make_server()
+async def _main(rows):
+    server = make_server(engine=EngineConfig(max_running_sequences=rows))
 
     def on_ready(pair):
         print("worker", server.worker.pid, flush=True)
@@ -136,5 +146,7 @@ async def _main():
 
 
 if __name__ == "__main__":
-    asyncio.run(_main())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=64)
+    uvloop.run(_main(parser.parse_args().rows))
     sys.exit(0)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import protovalidate
+from google.protobuf.message import DecodeError
 
 from lda_service.errors import InternalError, InvalidRequest, LdaError
 from lda_service.rpc.status import REQUEST_ID_KEY, abort
@@ -105,15 +106,40 @@ class FaultInterceptor(AroundInterceptor):
 class ValidationInterceptor(AroundInterceptor):
     """Checks the message against the rules of its .proto, and names every field at fault."""
 
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Bytes that are no message are the caller's fault too; gRPC would call it the server's."""
+        handler = await super().intercept_service(continuation, handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        return handler._replace(request_deserializer=_lenient(handler.request_deserializer))  # type: ignore[attr-defined, no-any-return]
+
     @asynccontextmanager
     async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
         """Refuse before any work is done."""
+        if isinstance(request, DecodeError):
+            raise InvalidRequest("The message cannot be read: its bytes are not those of this method's request.")
         violations = check(request)
         if violations:
             error = InvalidRequest(sentence(violations))
             log.info("request %s refused: %s", request_id.get(), error.message)
             await abort(context, error, request_id.get(), violations)
         yield
+
+
+def _lenient(deserialize: Any) -> Callable[[bytes], Any]:
+    """The message, or the reason why there is none."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return error
+
+    return read
 
 
 def check(request: Any) -> list[tuple[str, str]]:
