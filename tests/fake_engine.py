@@ -6,7 +6,8 @@ The prompt says how to behave. By default every sequence gets one letter per ste
     wide, broad     a token is 64 KiB, or 1 KiB, of text
     cancelled? ID   silent until that request was cancelled
     full, long      refused on submission
-    crash, oom      the next step raises
+    crash, oom, memory
+                    the next step raises
     exit            the process ends in the next step
     stuck           the next step never ends
     clock           a token at every 30th of a second, its text the monotonic time in nanoseconds
@@ -43,6 +44,9 @@ TICK_S = 1 / 30
 
 class OutOfMemoryError(RuntimeError):
     """Named like torch's."""
+
+
+FAULTS = {"crash": RuntimeError, "oom": OutOfMemoryError, "memory": MemoryError}
 
 
 class FakePrompter:
@@ -134,8 +138,8 @@ class FakeEngine:
             os._exit(3)
         if behaviour == "stuck":
             time.sleep(3600)
-        if behaviour in ("crash", "oom"):
-            raise (OutOfMemoryError if behaviour == "oom" else RuntimeError)(SECRET)
+        if behaviour in FAULTS:
+            raise FAULTS[behaviour](SECRET)
         question, _, request_id = behaviour.partition(" ")
         if behaviour == "hold" or (question == "cancelled?" and request_id not in self.cancelled):
             return []

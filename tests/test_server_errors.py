@@ -64,7 +64,9 @@ def test_details_always_arrive(kind):
     assert unpack(status, error_details_pb2.BadRequest)[0].field_violations
 
 
-@pytest.mark.parametrize("kind", [errors.Loading, errors.Draining, errors.QueueFull, errors.WorkerDied])
+@pytest.mark.parametrize(
+    "kind", [errors.Loading, errors.Draining, errors.QueueFull, errors.CallerLimit, errors.WorkerDied]
+)
 def test_temporary_errors_say_when_to_retry(kind):
     """A refusal that another attempt may overcome carries RetryInfo."""
     (retry,) = unpack(status_of(kind("Later.")), error_details_pb2.RetryInfo)
@@ -206,15 +208,26 @@ async def test_no_exception_text_leaves_the_process(client, prompt):
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_out_of_memory_costs_the_running_requests_only(client):
-    """Out of memory ends what runs with RESOURCE_EXHAUSTED; the worker lives on."""
+@pytest.mark.parametrize("prompt", ["oom", "memory"])
+async def test_out_of_memory_costs_the_running_requests_only(client, prompt):
+    """Out of memory, a device's or the machine's, ends what runs with RESOURCE_EXHAUSTED; the worker lives on."""
     neighbour = client.generate("hold")
     await neighbour.read()
-    for call in (client.generate("oom"), neighbour):
+    for call in (client.generate(prompt), neighbour):
         failed = await failure(call)
         assert (failed.code, failed.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
     assert await client.health_of() == "SERVING"
     assert await outcome(client.generate()) == "OK"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("method", ["GenerateLDA", "TokenizerCompat"])
+async def test_bytes_that_are_no_message_are_the_callers_fault(client, method):
+    """What cannot be read is INVALID_ARGUMENT with a reason, not a fault of the server."""
+    kind = client.channel.unary_stream if method == "GenerateLDA" else client.channel.unary_unary
+    refused = await failure(kind(f"/lda.v1.LdaService/{method}")(b"\xff\xff\xff", timeout=30))
+    assert (refused.code, refused.reason) == ("INVALID_ARGUMENT", "VALIDATION_FAILED")
+    assert "cannot be read" in refused.message
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from lda_service.errors import LdaError, QueueFull, Refused, WorkerDied
+from lda_service.errors import CallerLimit, LdaError, QueueFull, Refused, WorkerDied
 from lda_service.rpc.convert import duration
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ def _details(error: LdaError, sentence: str) -> list[Message]:
         retry_s = RETRY_DELAY_S
     if retry_s is not None:
         details.append(details_pb2.RetryInfo(retry_delay=duration(retry_s)))
-    if isinstance(error, QueueFull):
-        quota = details_pb2.QuotaFailure.Violation(subject="queue", description=sentence)
+    if isinstance(error, QueueFull | CallerLimit):
+        subject = "queue" if isinstance(error, QueueFull) else "caller"
+        quota = details_pb2.QuotaFailure.Violation(subject=subject, description=sentence)
         details.append(details_pb2.QuotaFailure(violations=[quota]))
     if error.code == "FAILED_PRECONDITION":
         violation = details_pb2.PreconditionFailure.Violation(type=error.reason, subject="pair", description=sentence)

@@ -12,11 +12,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzz import fuzz  # noqa: E402
-from latency import measure  # noqa: E402
-from live_server import resident_bytes  # noqa: E402
-from server_harness import Client, serving  # noqa: E402
-from soak import soak  # noqa: E402
+from fuzz import fuzz
+from latency import measure
+from live_server import resident_bytes
+from server_harness import Client, serving
+from soak import soak
 
 
 async def test_bad_input_is_answered_as_documented():
