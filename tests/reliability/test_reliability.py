@@ -54,7 +54,7 @@ async def test_cancels_leak_nothing():
         await asyncio.gather(*(cancel_one(50) for _ in range(20)))
         before = resident_bytes(os.getpid())
         await asyncio.gather(*(cancel_one(50) for _ in range(20)))
-        while server.generations.open or server.worker.open_streams:
+        while server.generations.open or server.worker.open_streams:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         assert server.generations.admission.open_requests == 0
         # A thousand calls that were kept whole would be tens of megabytes.
