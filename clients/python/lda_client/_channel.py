@@ -21,6 +21,8 @@ SERVICE_NAME = "lda.v1.LdaService"
 
 # Only UNAVAILABLE: the server sends it before any work was done. gRPC itself never retries once a stream has begun.
 _SERVICE_CONFIG = {
+    # Of several addresses behind one name, each call goes to the next.
+    "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
             "name": [{"service": SERVICE_NAME}],
@@ -32,7 +34,7 @@ _SERVICE_CONFIG = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
-    ]
+    ],
 }
 
 # Pings while a call is open, so that a dead peer is noticed during a long silent prefill; none on an idle connection.
