@@ -7,7 +7,7 @@ import signal
 import sys
 
 from lda_client import AsyncLdaClient
-from server_harness import Client, serving
+from server_harness import serving
 
 READER = """
 import sys
@@ -71,4 +71,4 @@ async def test_two_servers_share_the_calls_of_one_client():
                 assert (await anext(aiter(stream))).HasField("started")
             assert [server.generations.admission.open_requests for server in (first, second)] == [4, 4]
             for stream in streams:
-                await stream.aclose()
+                await stream.close()
