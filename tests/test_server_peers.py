@@ -62,13 +62,16 @@ async def test_a_draining_server_sends_callers_to_the_next():
 
 async def test_two_servers_share_the_calls_of_one_client():
     """The Python client balances its calls over the addresses of its target."""
-    async with serving() as (first, one), serving() as (second, two):
-        async with AsyncLdaClient(f"ipv4:127.0.0.1:{one.port},127.0.0.1:{two.port}") as typed:
-            for _ in range(20):
-                await typed.complete("hi", raw=True, max_new_tokens=1)
-            streams = [typed.generate("hold", raw=True) for _ in range(8)]
-            for stream in streams:
-                assert (await anext(aiter(stream))).HasField("started")
-            assert [server.generations.admission.open_requests for server in (first, second)] == [4, 4]
-            for stream in streams:
-                await stream.close()
+    async with (
+        serving() as (first, one),
+        serving() as (second, two),
+        AsyncLdaClient(f"ipv4:127.0.0.1:{one.port},127.0.0.1:{two.port}") as typed,
+    ):
+        for _ in range(20):
+            await typed.complete("hi", raw=True, max_new_tokens=1)
+        streams = [typed.generate("hold", raw=True) for _ in range(8)]
+        for stream in streams:
+            assert (await anext(aiter(stream))).HasField("started")
+        assert [server.generations.admission.open_requests for server in (first, second)] == [4, 4]
+        for stream in streams:
+            await stream.close()
