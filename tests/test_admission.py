@@ -55,11 +55,12 @@ def test_a_caller_may_have_so_much_open():
 
 def test_forecast_of_the_wait():
     """Unknown before anything was seen, 0 while a row is free, else sequences ahead over the measured rate of ends."""
-    admission = Admission(ENGINE, AdmissionConfig())
+    admission = Admission(EngineConfig(max_running_sequences=4), AdmissionConfig())
     tickets = [admission.admit(request(), "a", 0.001, 0.0) for _ in range(4)]
     assert admission.expected_wait_s() is None
-    for ticket in tickets[:2]:
+    for ticket in tickets:
         admission.started(ticket, 0.0)
+    for ticket in tickets[:2]:
         admission.ended(ticket, 1.0)
         admission.close(ticket, 1.0)
     assert admission.expected_wait_s() == 0
@@ -90,6 +91,7 @@ def test_the_wait_grows_with_what_is_ahead(ahead):
     """One more request ahead never makes the forecast shorter."""
     admission = Admission(ENGINE, AdmissionConfig(max_queued_tokens=0))
     done = admission.admit(request(), "a", None, 0.0)
+    admission.started(done, 0.0)
     admission.ended(done, 1.0)
     waits = [admission.expected_wait_s()]
     for sequences, new in ahead:
@@ -192,13 +194,13 @@ async def test_a_deadline_that_the_queue_cannot_meet_is_refused_at_once():
         assert await outcome(client.generate(tokens=600)) == "OK"  # more than half a second: a rate is known
         running = client.generate("hold")
         await started(running)
-        queue = [client.generate("hold") for _ in range(60)]
+        queue = [client.generate("hold", timeout=3600) for _ in range(60)]
         await until_waiting(client, 60)
         loop = asyncio.get_running_loop()
         began = loop.time()
         refused = await failure(client.generate(timeout=20))
         assert (refused.code, refused.reason) == ("DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT")
-        assert int(refused.metadata["expected_wait_ms"]) > 20_000 >= int(refused.metadata["remaining_ms"])
+        assert int(refused.metadata["expected_wait_ms"]) > int(refused.metadata["remaining_ms"]) > 19_000
         assert loop.time() - began < 5
         for call in (running, *queue):
             call.cancel()
