@@ -18,15 +18,21 @@ from grpc_status import rpc_status
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 from lda_client.gen.lda.v1 import lda_service_pb2_grpc
 
-from lda_service.config import Config, EngineConfig, PairConfig, ServerConfig
+from lda_service.config import AccessConfig, AdmissionConfig, Config, EngineConfig, PairConfig, ServerConfig
 from lda_service.rpc.server import LdaServer, run
 
 SERVICE = "lda.v1.LdaService"
 
 
-def make_server(factory="fake_engine:load", engine=None, **server):
+def make_server(factory="fake_engine:load", engine=None, admission=None, access=None, **server):
     """A server on a free port, not started."""
-    config = Config(PairConfig("a", "b"), engine or EngineConfig(), ServerConfig(**{"port": 0, **server}))
+    config = Config(
+        PairConfig("a", "b"),
+        engine or EngineConfig(),
+        ServerConfig(**{"port": 0, **server}),
+        admission or AdmissionConfig(),
+        access or AccessConfig(),
+    )
     return LdaServer(config, factory, lambda model_id: FakePrompter())
 
 
@@ -36,10 +42,15 @@ class Client:
 
     port: int
     options: tuple = ()
+    credentials: grpc.ChannelCredentials | None = None
     channel: grpc.aio.Channel = field(init=False)
 
     def __post_init__(self):
-        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=self.options)
+        target = f"127.0.0.1:{self.port}"
+        if self.credentials is None:
+            self.channel = grpc.aio.insecure_channel(target, options=self.options)
+        else:
+            self.channel = grpc.aio.secure_channel(target, self.credentials, options=self.options)
         self.lda = lda_service_pb2_grpc.LdaServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
 
