@@ -1,4 +1,4 @@
-"""The command `lda-service`, and the only place that reads the environment.
+"""The command `lda-service`; with `cli_access`, the only place that reads the environment.
 
 Turns flags, or the environment variables that are their twins, into a `Config`, and start-up errors into one sentence
 on stderr and exit code 1. Everything heavy is imported inside the commands: the worker process imports this module too.

@@ -487,7 +487,7 @@ BAD_KEYS = {
     "private in a set": json.dumps({"keys": [jwt.algorithms.RSAAlgorithm.to_jwk(RSA_KEY, as_dict=True)]}).encode(),
     "shared secret": b'{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}',
     "short": public_pem(rsa.generate_private_key(65537, 1024)),
-    "another curve": public_pem(ec.generate_private_key(ec.SECP256K1())).replace(b"PUBLIC", b"PUB"),
+    "unknown kind": b'{"keys": [{"kty": "OKP", "crv": "X25519", "x": "c2VjcmV0"}]}',
     "no json": b"{keys",
     "not a set": b'{"keys": 3}',
     "not keys": b'{"keys": [3]}',
@@ -559,7 +559,7 @@ async def no_connection(client):
 
 async def test_tls_with_a_token(identities, authority, tokens_file, tmp_path, caplog):
     """Over TLS a token works as in plain text; a caller in plain text, or one who trusts others, gets no connection."""
-    async with serving(ready=True, access=tls(identities, tokens_file=tokens_file)) as (_, plain):
+    async with serving(access=tls(identities, tokens_file=tokens_file)) as (_, plain):
         assert await no_connection(plain)
         async with calling(plain.port, Authority(tmp_path, "stranger").cert) as stranger:
             assert await no_connection(stranger)
@@ -567,10 +567,9 @@ async def test_tls_with_a_token(identities, authority, tokens_file, tmp_path, ca
             assert await outcome(client.generate(metadata=bearer(TOKENS["alice"]))) == "OK"
             assert (await refusal(client.generate())).code == "UNAUTHENTICATED"
             assert await client.health_of() == "SERVING"
-        arguments = ["info", "--target", f"127.0.0.1:{plain.port}", "--tls-ca", str(authority.cert)]
-        answer = await asyncio.to_thread(
-            CliRunner().invoke, lda, arguments, env={"LDA_TOKEN": TOKENS["alice"], "COLUMNS": "100"}
-        )
+        environment = {"LDA_TOKEN": TOKENS["alice"], "LDA_TLS_CA": str(authority.cert), "COLUMNS": "100"}
+        arguments = ["info", "--target", f"127.0.0.1:{plain.port}"]
+        answer = await asyncio.to_thread(CliRunner().invoke, lda, arguments, env=environment)
         assert (answer.exit_code, MODEL in answer.stdout) == (0, True)
 
 

@@ -112,7 +112,7 @@ def parse(source: Source) -> tuple[Key, ...]:
     try:
         is_set = source.data.lstrip().startswith(b"{")
         keys = _of_set(json.loads(source.data)) if is_set else (Key(_checked(load_pem_public_key(source.data))),)
-    except (ValueError, TypeError, UnsupportedAlgorithm, jwt.PyJWTError) as error:
+    except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
         raise ConfigError(
             f"{source.path} holds no public key that can be used ({error}); give a public key in PEM "
             "(`openssl pkey -in PRIVATE -pubout`) or a JSON web key set: RSA, EC or Ed25519."
@@ -124,9 +124,12 @@ def _of_set(document: dict[str, Any]) -> tuple[Key, ...]:
     """The signing keys of a set; what is for encryption, or of a kind that we do not use, is passed over."""
     keys = []
     for data in document.get("keys", ()):
-        if data.get("kty") not in ("RSA", "EC", "OKP") or data.get("use", "sig") != "sig":
+        if data.get("kty") == "oct" or data.get("use", "sig") != "sig":
             continue
-        key = jwt.PyJWK(data)
+        try:
+            key = jwt.PyJWK(data)
+        except jwt.PyJWTError:
+            continue
         algorithms = (data["alg"],) if "alg" in data else ALGORITHMS
         if key.algorithm_name in ALGORITHMS:
             keys.append(Key(_checked(key.key), key.key_id, algorithms))
