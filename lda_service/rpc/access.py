@@ -55,7 +55,8 @@ WRONG_CERTIFICATE = "The client certificate is not one of those that may call."
 
 EXPOSED = """
 ********************************************************************************
-*  NO AUTHENTICATION ON A PUBLIC ADDRESS: WHOEVER REACHES {address:<21} *
+*  NO AUTHENTICATION ON A PUBLIC ADDRESS. WHOEVER REACHES                      *
+*  {address:<74}  *
 *  MAY USE THE MODELS, SEE WHAT THEY ARE, AND END THE GENERATIONS OF OTHERS.   *
 *  Set TOKENS_FILE, JWT_KEY_FILE or TLS_CLIENT_CA, or HOST=127.0.0.1.          *
 ********************************************************************************"""

@@ -83,6 +83,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"known names: {', '.join(map(repr, self._status))}")
         return health_pb2.HealthCheckResponse(status=self._status[request.service])
 
+    async def List(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
+        """Every status now."""
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._status.items()}
+        # The type stubs are older than this method.
+        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
+
     async def Watch(  # noqa: N802
         self, request: Request, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[Response]:

@@ -87,7 +87,7 @@ class LdaServer:
         self.generations = Generations(self.worker, config)
         self._credentials = server_credentials(config.access)
         self.health_port = config.access.health_port  # the one listened on, from `start` on
-        self._probed = grpc.aio.server(options=OPTIONS) if self.health_port is not None else None
+        self._probed: grpc.aio.Server | None = None
         self._server = grpc.aio.server(
             interceptors=(
                 RequestIdInterceptor(),
@@ -133,8 +133,9 @@ class LdaServer:
 
     async def _serve_probes(self) -> None:
         """Health checks on a port of their own: a kubelet can show neither certificate nor token."""
-        if self._probed is None or self.health_port is None:
+        if self.health_port is None:
             return
+        self._probed = grpc.aio.server(interceptors=(RequestIdInterceptor(), FaultInterceptor()), options=OPTIONS)
         host = self._config.server.host
         self.health_port = _listen(self._probed, host, self.health_port, setting="HEALTH_PORT")
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)

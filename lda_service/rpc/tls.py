@@ -18,7 +18,6 @@ from lda_service.errors import ConfigError
 from lda_service.rpc.reload import Reloaded, read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from cryptography.x509 import Certificate
@@ -39,9 +38,16 @@ def server_credentials(access: AccessConfig) -> grpc.ServerCredentials | None:
         return None
     authorities = (access.tls_client_ca,) if access.tls_client_ca else ()
     files = Reloaded(_configuration, access.tls_cert, access.tls_key, *authorities)
-    return grpc.dynamic_ssl_server_credentials(
-        files.value(), _changes(files), require_client_authentication=bool(authorities)
-    )
+    given = files.value()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC at each handshake, in its own thread: the new configuration, or None for the one it has."""
+        nonlocal given
+        former, given = given, files.value()
+        return given if given is not former else None
+
+    # The type stubs do not know that None is an answer.
+    return grpc.dynamic_ssl_server_credentials(given, fetch, bool(authorities))  # type: ignore[arg-type]
 
 
 def channel_credentials(ca: Path | None, cert: Path | None, key: Path | None) -> grpc.ChannelCredentials:
@@ -52,20 +58,6 @@ def channel_credentials(ca: Path | None, cert: Path | None, key: Path | None) ->
     """
     trusted, mine, private = (read(path).data if path else None for path in (ca, cert, key))
     return grpc.ssl_channel_credentials(trusted, private, mine)
-
-
-def _changes(
-    files: Reloaded[grpc.ServerCertificateConfiguration],
-) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
-    """What gRPC calls at each handshake, in a thread of its own: the new configuration, or None for the one it has."""
-    given = files.value()
-
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        nonlocal given
-        former, given = given, files.value()
-        return given if given is not former else None
-
-    return fetch
 
 
 def _configuration(cert: Source, key: Source, ca: Source | None = None) -> grpc.ServerCertificateConfiguration:
