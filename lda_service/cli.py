@@ -1,4 +1,4 @@
-"""The command `lda-service`, and the only place that reads the environment.
+"""The command `lda-service`; with `cli_access`, the only place that reads the environment.
 
 Turns flags, or the environment variables that are their twins, into a `Config`, and start-up errors into one sentence
 on stderr and exit code 1. Everything heavy is imported inside the commands: the worker process imports this module too.
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lda_service import __version__
+from lda_service.cli_access import access_options, probe_options, token
 from lda_service.config import (
     DTYPES,
     QUANTIZE,
     SPECULATION,
+    AccessConfig,
     AdmissionConfig,
     Config,
     EngineConfig,
@@ -199,6 +201,7 @@ def main() -> None:
     show_default=True,
     help="Offer the methods of lda.v1.AdminService.",
 )
+@access_options
 def serve(**flags: Any) -> None:
     """Serve a pair of models until SIGTERM or Ctrl-C; a second signal stops at once."""
     configure_logging()
@@ -215,15 +218,16 @@ def _config(flags: dict[str, Any]) -> Config:
     """The settings that flags of the same names give. Raises `ConfigError`."""
     flags = dict(flags)
     after, before = pair_ids(flags.pop("model_after_id"), flags.pop("model_before_id"))
-    engine, server, admission = (
+    engine, server, admission, access = (
         {field.name: flags.pop(field.name) for field in fields(kind) if field.name in flags}
-        for kind in (EngineConfig, ServerConfig, AdmissionConfig)
+        for kind in (EngineConfig, ServerConfig, AdmissionConfig, AccessConfig)
     )
     return Config(
         pair=PairConfig(after, before, **flags),
         engine=EngineConfig(**engine),
         server=ServerConfig(**server),
         admission=AdmissionConfig(**admission),
+        access=AccessConfig(**access),
     )
 
 
@@ -244,13 +248,22 @@ def demo(port: int, picture: Path | None) -> None:
 @click.option("--host", envvar="HOST", default=SERVER.host, show_default=True, help="Address the server listens on.")
 @click.option("--port", envvar="PORT", default=SERVER.port, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds to wait.")
-def health(host: str, port: int, timeout: float) -> None:
+@probe_options
+def health(host: str, port: int, timeout: float, **probe: Any) -> None:
     """Ask a server whether it serves: exit 0 if so, 1 if not. For container health checks."""
+    from lda_service.cli_access import probe_arguments
     from lda_service.rpc.health import check
 
-    status = check("127.0.0.1" if host in ("0.0.0.0", "::") else host, port, timeout)
+    try:
+        arguments = probe_arguments(port, **probe)
+    except LdaError as error:
+        _fail(error)
+    status = check("127.0.0.1" if host in ("0.0.0.0", "::") else host, timeout_s=timeout, **arguments)
     click.echo(status)
     sys.exit(0 if status == "SERVING" else 1)
+
+
+main.add_command(token)
 
 
 async def _serve(config: Config) -> None:

@@ -7,14 +7,19 @@ environment), nor what they are used for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lda_service.errors import ConfigError
 from lda_service.pairs import demo
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8")
 STATIC_STEPS = ("auto", "on", "off")
 SPECULATION = ("off", "auto", "coupled")
+SCOPES = ("generate", "score", "admin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,48 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AccessConfig:
+    """Who may call, and how a connection is secured; nothing set means anybody, in plain text.
+
+    `jwt_key_file` is a public key in PEM or a JSON web key set. With `tls_client_ca` every caller must show a
+    certificate of these authorities, with `tls_client_san` one that carries one of these DNS names or URIs.
+    `health_port` answers health checks in plain text, and nothing else.
+    """
+
+    tokens_file: Path | None = None
+    jwt_key_file: Path | None = None
+    jwt_audience: str | None = None
+    jwt_issuer: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    tls_client_san: tuple[str, ...] = ()
+    health_port: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("TLS_CERT and TLS_KEY go together; set both, or neither.")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("TLS_CLIENT_CA asks callers for certificates over TLS; set TLS_CERT and TLS_KEY too.")
+        if self.tls_client_san and not self.tls_client_ca:
+            raise ConfigError("TLS_CLIENT_SAN names certificates that nobody checks; set TLS_CLIENT_CA too.")
+        if (self.jwt_audience or self.jwt_issuer) and not self.jwt_key_file:
+            raise ConfigError("JWT_AUDIENCE and JWT_ISSUER are of no use without keys; set JWT_KEY_FILE too.")
+        if self.jwt_key_file and not self.jwt_audience:
+            raise ConfigError("Tokens for other services of an issuer would open this one; set JWT_AUDIENCE too.")
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether a caller must send a token."""
+        return self.tokens_file is not None or self.jwt_key_file is not None
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether a caller must say who it is."""
+        return self.takes_tokens or self.tls_client_ca is not None
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything the server needs to know."""
 
@@ -111,6 +158,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
 
 
 def pair_ids(after: str | None, before: str | None) -> tuple[str, str]:

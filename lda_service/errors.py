@@ -133,7 +133,7 @@ class Unauthenticated(AccessError):
 
 
 class PermissionDenied(AccessError):
-    """The token does not allow this method."""
+    """The token or the client certificate does not allow this."""
 
     code = "PERMISSION_DENIED"
     reason = "PERMISSION_DENIED"

@@ -19,16 +19,21 @@ from grpc_status import rpc_status
 from lda_client.gen.lda.v1 import admin_service_pb2_grpc, completion_service_pb2_grpc, lda_service_pb2_grpc
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 
-from lda_service.config import AdmissionConfig, Config, EngineConfig, PairConfig, ServerConfig
+from lda_service.config import AccessConfig, AdmissionConfig, Config, EngineConfig, PairConfig, ServerConfig
 from lda_service.rpc.server import LdaServer, run
 
 SERVICE = "lda.v1.LdaService"
 
 
-def make_server(factory="fake_engine:load", engine=None, admission=None, **server):
+def make_server(factory="fake_engine:load", engine=None, admission=None, access=None, **server):
     """A server on a free port, not started."""
-    settings = ServerConfig(**{"port": 0, **server})
-    config = Config(PairConfig("a", "b"), engine or EngineConfig(), settings, admission or AdmissionConfig())
+    config = Config(
+        PairConfig("a", "b"),
+        engine or EngineConfig(),
+        ServerConfig(**{"port": 0, **server}),
+        admission or AdmissionConfig(),
+        access or AccessConfig(),
+    )
     return LdaServer(config, factory, lambda model_id: FakePrompter())
 
 
@@ -38,10 +43,15 @@ class Client:
 
     port: int
     options: tuple = ()
+    credentials: grpc.ChannelCredentials | None = None
     channel: grpc.aio.Channel = field(init=False)
 
     def __post_init__(self):
-        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=self.options)
+        target = f"127.0.0.1:{self.port}"
+        if self.credentials is None:
+            self.channel = grpc.aio.insecure_channel(target, options=self.options)
+        else:
+            self.channel = grpc.aio.secure_channel(target, self.credentials, options=self.options)
         self.lda = lda_service_pb2_grpc.LdaServiceStub(self.channel)
         self.completions = completion_service_pb2_grpc.CompletionServiceStub(self.channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)

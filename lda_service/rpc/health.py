@@ -26,9 +26,24 @@ SERVICE = "lda.v1.LdaService"
 SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-def check(host: str, port: int, timeout_s: float) -> str:
-    """The status of the service at an address, as a caller sees it: SERVING, NOT_SERVING, or why there is none."""
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+def check(
+    host: str,
+    port: int,
+    timeout_s: float,
+    credentials: grpc.ChannelCredentials | None = None,
+    server_name: str | None = None,
+) -> str:
+    """The status of the service at an address, as a caller sees it: SERVING, NOT_SERVING, or why there is none.
+
+    Args:
+        host: name or address.
+        port: of the service, or its health port.
+        timeout_s: how long to wait.
+        credentials: None speaks plain text.
+        server_name: that the certificate must carry, where it is not the host.
+    """
+    target, options = f"{host}:{port}", [("grpc.ssl_target_name_override", server_name)] if server_name else []
+    with grpc.secure_channel(target, credentials, options) if credentials else grpc.insecure_channel(target) as channel:
         try:
             request = health_pb2.HealthCheckRequest(service=SERVICE)
             stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -67,6 +82,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         if request.service not in self._status:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"known names: {', '.join(map(repr, self._status))}")
         return health_pb2.HealthCheckResponse(status=self._status[request.service])
+
+    async def List(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
+        """Every status now."""
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._status.items()}
+        # The type stubs are older than this method.
+        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
 
     async def Watch(  # noqa: N802
         self, request: Request, context: grpc.aio.ServicerContext[Any, Any]

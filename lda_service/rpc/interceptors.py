@@ -77,10 +77,18 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
 class RequestIdInterceptor(AroundInterceptor):
     """Takes the caller's `x-request-id` or makes one, and sends it back at the end of the call."""
 
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Set the id for everything that runs in this call, the interceptors after this one included."""
+        request_id.set(_caller_id(handler_call_details.invocation_metadata or ()) or f"r-{secrets.token_hex(8)}")
+        return await super().intercept_service(continuation, handler_call_details)
+
     @asynccontextmanager
     async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
-        """Set the id for everything that runs in this call."""
-        request_id.set(_caller_id(context.invocation_metadata() or ()) or f"r-{secrets.token_hex(8)}")
+        """Send the id at the end."""
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id.get()),))
         yield
 

@@ -20,12 +20,14 @@ from lda_client.gen.lda.v1 import admin_service_pb2_grpc, completion_service_pb2
 
 from lda_service.errors import Aborted, ConfigError, PortInUse
 from lda_service.prompting import PromptRenderer
+from lda_service.rpc import access
 from lda_service.rpc.admin import AdminServicer
 from lda_service.rpc.completions import CompletionServicer
 from lda_service.rpc.generations import Generations
 from lda_service.rpc.health import NOT_SERVING, SERVICE, SERVING, HealthServicer
 from lda_service.rpc.interceptors import FaultInterceptor, RequestIdInterceptor, ValidationInterceptor
 from lda_service.rpc.servicer import LdaServicer
+from lda_service.rpc.tls import server_credentials
 from lda_service.worker.client import WorkerClient, WorkerState
 from lda_service.worker.process import DEFAULT_FACTORY
 
@@ -83,8 +85,16 @@ class LdaServer:
         self._health = HealthServicer("", SERVICE)
         self.worker = WorkerClient(config, factory, self._follow_worker)
         self.generations = Generations(self.worker, config)
+        self._credentials = server_credentials(config.access)
+        self.health_port = config.access.health_port  # the one listened on, from `start` on
+        self._probed: grpc.aio.Server | None = None
         self._server = grpc.aio.server(
-            interceptors=(RequestIdInterceptor(), FaultInterceptor(), ValidationInterceptor()),
+            interceptors=(
+                RequestIdInterceptor(),
+                *access.interceptors(config.access),
+                FaultInterceptor(),
+                ValidationInterceptor(),
+            ),
             options=(
                 *OPTIONS,
                 ("grpc.max_receive_message_length", config.server.max_message_bytes),
@@ -99,8 +109,11 @@ class LdaServer:
             PortInUse: the address is taken. No model has been touched then.
             ConfigError: the address cannot be listened on for another reason.
         """
-        port = self._bind()
+        config = self._config.server
+        port = _listen(self._server, config.host, config.port, self._credentials)
+        access.tell_exposure(self._config.access, config.host, port)
         self._add_services()
+        await self._serve_probes()
         await self._server.start()
         self._health.set("", SERVING)
         self.worker.start()
@@ -117,6 +130,16 @@ class LdaServer:
             names.append(ADMIN)
         if settings.has_reflection:
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+
+    async def _serve_probes(self) -> None:
+        """Health checks on a port of their own: a kubelet can show neither certificate nor token."""
+        if self.health_port is None:
+            return
+        self._probed = grpc.aio.server(interceptors=(RequestIdInterceptor(), FaultInterceptor()), options=OPTIONS)
+        host = self._config.server.host
+        self.health_port = _listen(self._probed, host, self.health_port, setting="HEALTH_PORT")
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
+        await self._probed.start()
 
     async def ready(self) -> PairInfo:
         """Wait until the pair is loaded and warmed up, then serve.
@@ -143,6 +166,8 @@ class LdaServer:
         await asyncio.wait({stopped}, timeout=grace_s)
         self.worker.fail_streams(Aborted("The server is shutting down and ended this stream."))
         await stopped
+        if self._probed is not None:
+            await self._probed.stop(0.0)
         await self.worker.close()
         log.info("stopped")
 
@@ -151,16 +176,25 @@ class LdaServer:
         serving = state is WorkerState.READY and self.generations.prompter is not None
         self._health.set(SERVICE, SERVING if serving else NOT_SERVING)
 
-    def _bind(self) -> int:
-        server = self._config.server
-        host = f"[{server.host}]" if ":" in server.host and not server.host.startswith("[") else server.host
-        try:
-            return self._server.add_insecure_port(f"{host}:{server.port}")
-        except RuntimeError as error:
-            raise _bind_error(server.host.strip("[]"), server.port) from error
+
+def _listen(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None = None,
+    setting: str = "PORT",
+) -> int:
+    """Bind an address; the port that it got. `setting` is what gave the port."""
+    address = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+    try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise _bind_error(host.strip("[]"), port, setting) from error
 
 
-def _bind_error(host: str, port: int) -> PortInUse | ConfigError:
+def _bind_error(host: str, port: int, setting: str) -> PortInUse | ConfigError:
     """Why an address cannot be bound: gRPC does not say, a plain socket does."""
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
@@ -168,11 +202,11 @@ def _bind_error(host: str, port: int) -> PortInUse | ConfigError:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return PortInUse(
-                f"Another process listens on {host}:{port}; stop it, or choose another port with PORT or --port "
-                "(0 picks a free one)."
+                f"Another process listens on {host}:{port}; stop it, or choose another port with {setting} or "
+                f"--{setting.lower().replace('_', '-')} (0 picks a free one)."
             )
         reason = error.strerror or str(error)
-    return ConfigError(f"Cannot listen on {host}:{port}: {reason}; choose another HOST or PORT.")
+    return ConfigError(f"Cannot listen on {host}:{port}: {reason}; choose another HOST or {setting}.")
 
 
 async def run(server: LdaServer, on_listening: Callable[[int], None], on_ready: Callable[[PairInfo], None]) -> None:

@@ -5,6 +5,7 @@ Knows the error classes and the details of google.rpc. Does not know when an err
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -60,10 +61,16 @@ async def abort(
     request_id: str,
     violations: Sequence[tuple[str, str]] = (),
 ) -> Never:
-    """End the call with the status of an error. Raises gRPC's own exception, which must not be swallowed."""
+    """End the call with the status of an error. Raises gRPC's own exception, which must not be swallowed.
+
+    A call whose caller has gone in the meantime ends as a cancelled one.
+    """
     status = rpc_status.to_status(status_of(error, request_id, violations))
     trailing = (*status.trailing_metadata, (REQUEST_ID_KEY, request_id))
-    await context.abort(status.code, status.details, trailing)
+    try:
+        await context.abort(status.code, status.details, trailing)
+    except grpc.aio.InternalError as gone:
+        raise asyncio.CancelledError from gone
 
 
 def _details(error: LdaError, sentence: str) -> list[Message]:

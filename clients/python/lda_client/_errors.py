@@ -9,7 +9,9 @@
     │   ├── LimitExceeded           legal, but above a limit of this server
     │   ├── TokenizersIncompatible  the two vocabularies do not match
     │   ├── UnknownGeneration       no generation of this id is open
-    │   └── AccessDenied            no token, a wrong one, or one without the right
+    │   └── AccessDenied            the server does not know this caller, or does not let it do this
+    │       ├── Unauthenticated         no token, an unknown or an expired one
+    │       └── PermissionDenied        the token or certificate does not allow this method
     ├── Unavailable             nothing is wrong with the request; try again later or elsewhere
     │   ├── Loading                 the models are still being loaded or warmed up
     │   ├── Draining                the server is shutting down
@@ -135,6 +137,14 @@ class AccessDenied(RequestRejected):
     """The bearer token or client certificate is missing, wrong, or without the right to this call."""
 
 
+class Unauthenticated(AccessDenied):
+    """The call carries no token, or one that is unknown or expired."""
+
+
+class PermissionDenied(AccessDenied):
+    """The token or certificate does not allow this method. Metadata: `scope`, where one is missing."""
+
+
 class UnknownGeneration(RequestRejected):
     """No generation of this id is open on this server. Metadata: `generation_id`."""
 
@@ -217,8 +227,8 @@ ERRORS_BY_REASON: dict[int, type[LdaClientError]] = {
     pb.ERROR_REASON_INTERNAL: InternalServerError,
     pb.ERROR_REASON_DEADLINE_TOO_SHORT: DeadlineTooShort,
     pb.ERROR_REASON_CALLER_LIMIT: CallerLimit,
-    pb.ERROR_REASON_UNAUTHENTICATED: AccessDenied,
-    pb.ERROR_REASON_PERMISSION_DENIED: AccessDenied,
+    pb.ERROR_REASON_UNAUTHENTICATED: Unauthenticated,
+    pb.ERROR_REASON_PERMISSION_DENIED: PermissionDenied,
     pb.ERROR_REASON_UNKNOWN_GENERATION: UnknownGeneration,
 }
 

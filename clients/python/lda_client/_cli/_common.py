@@ -52,9 +52,16 @@ _CONNECTION_OPTIONS: tuple[Decorator, ...] = (
     click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line, in the contract's names."),
     click.option("--token", envvar="LDA_TOKEN", show_envvar=True, help="Bearer token; better set in the environment."),
     click.option("--tls", is_flag=True, help="Speak TLS, trusting the authorities of this machine."),
-    click.option("--tls-ca", type=_FILE, help="Speak TLS, trusting the authorities in this PEM file."),
-    click.option("--tls-cert", type=_FILE, help="Client certificate (PEM), for a server that asks for one."),
-    click.option("--tls-key", type=_FILE, help="Private key (PEM) of the client certificate."),
+    click.option(
+        "--tls-ca", envvar="LDA_TLS_CA", type=_FILE, help="Speak TLS, trusting the authorities in this PEM file."
+    ),
+    click.option(
+        "--tls-cert",
+        envvar="LDA_TLS_CERT",
+        type=_FILE,
+        help="Client certificate (PEM), for a server that asks for one.",
+    ),
+    click.option("--tls-key", envvar="LDA_TLS_KEY", type=_FILE, help="Private key (PEM) of the client certificate."),
 )
 
 _PROMPT_OPTIONS: tuple[Decorator, ...] = (

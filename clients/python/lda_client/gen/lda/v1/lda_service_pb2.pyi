@@ -74,7 +74,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 17
     """UNAUTHENTICATED. The call carries no bearer token, or one that is unknown or expired."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 18
-    """PERMISSION_DENIED. The token does not allow this method. Metadata: `scope`, the one that is missing."""
+    """PERMISSION_DENIED. The token or the client certificate does not allow this. Metadata: `scope`, if one is missing."""
     ERROR_REASON_UNKNOWN_GENERATION: _ErrorReason.ValueType  # 19
     """NOT_FOUND. No generation of this id is open on this server. Metadata: `generation_id`."""
 
@@ -131,7 +131,7 @@ ERROR_REASON_CALLER_LIMIT: ErrorReason.ValueType  # 16
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 17
 """UNAUTHENTICATED. The call carries no bearer token, or one that is unknown or expired."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 18
-"""PERMISSION_DENIED. The token does not allow this method. Metadata: `scope`, the one that is missing."""
+"""PERMISSION_DENIED. The token or the client certificate does not allow this. Metadata: `scope`, if one is missing."""
 ERROR_REASON_UNKNOWN_GENERATION: ErrorReason.ValueType  # 19
 """NOT_FOUND. No generation of this id is open on this server. Metadata: `generation_id`."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
