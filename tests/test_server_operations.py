@@ -120,7 +120,8 @@ async def test_reflection_lists_the_services():
         stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         listed = {service.name async for each in messages(call) for service in each.list_services_response.service}
-        assert listed == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        ours = {f"lda.v1.{name}Service" for name in ("Lda", "Completion", "Admin")}
+        assert listed == ours | {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 
 
 async def test_port_in_use():
