@@ -21,7 +21,7 @@ from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
-from server_harness import SERVICE, Client, failure, make_server, messages, outcome, serving
+from server_harness import Client, failure, make_server, messages, outcome, serving
 
 from lda_service import cli
 from lda_service.errors import InternalError, ModelNotFound, PortInUse
