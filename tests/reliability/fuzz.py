@@ -278,8 +278,10 @@ async def check_afterwards(target: str) -> None:
     """Healthy, nothing open, no page held, and a proper request is answered."""
     async with grpc.aio.insecure_channel(target) as channel:
         service = health_pb2.HealthCheckRequest(service="lda.v1.LdaService")
-        reply = await health_pb2_grpc.HealthStub(channel).Check(service, timeout=30)
-        assert reply.status == health_pb2.HealthCheckResponse.SERVING, "the server is not healthy afterwards"
+        # A worker that was killed last may still be on its way.
+        async for reply in health_pb2_grpc.HealthStub(channel).Watch(service, timeout=120):
+            if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                break
         stub = lda_service_pb2_grpc.LdaServiceStub(channel)
         load = await stub.GetLoad(lda_service_pb2.GetLoadRequest(), timeout=30)
         deadline = time.monotonic() + 30
@@ -297,6 +299,7 @@ async def fuzz(requests: int, seed: int, at_once: int = 64) -> collections.Count
         pair = tiny_pair(folder, num_hidden_layers=1)
         async with serving(folder, *pair, "--max-new-tokens", "6", "--max-sequences-per-request", "4") as live:
             worker = live.worker()
+            assert worker is not None
             fuzzer = Fuzzer(live.target, seed)
             await asyncio.gather(
                 fuzzer.run(requests, at_once), garbage(live.port, requests // 100, random.Random(seed))

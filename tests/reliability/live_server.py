@@ -29,12 +29,12 @@ class Live:
         return f"127.0.0.1:{self.port}"
 
     def children(self):
-        """Ids of the processes it started."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(each) for each in path.read_text().split()]
+        """Ids of the processes that any of its threads started."""
+        lists = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(each) for path in lists for each in path.read_text().split()]
 
     def worker(self):
-        """The process that owns the models: the largest of the children."""
+        """The process that owns the models: the largest of the children; None while there is none."""
         return max(self.children(), key=resident_bytes, default=None)
 
 
