@@ -1,11 +1,13 @@
 """A real server over the fake engine, and a real client, for the `test_server_*` files.
 
-Run as a program it serves until a signal, and prints its port, the worker's process id, and "ready".
+Run as a program it serves until a signal, and prints its port, the worker's process id, and "ready". An argument holds
+the fields of `TelemetryConfig` in JSON; with it, the program logs as `lda-service` does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,16 +20,22 @@ from grpc_status import rpc_status
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 from lda_client.gen.lda.v1 import lda_service_pb2_grpc
 
-from lda_service.config import Config, EngineConfig, PairConfig, ServerConfig
+from lda_service.config import Config, EngineConfig, PairConfig, ServerConfig, TelemetryConfig
 from lda_service.rpc.server import LdaServer, run
+from lda_service.telemetry import configure_logging
 
 SERVICE = "lda.v1.LdaService"
 
 
-def make_server(factory="fake_engine:load", engine=None, **server):
+def make_server(factory="fake_engine:load", engine=None, telemetry=None, tracing=None, **server):
     """A server on a free port, not started."""
-    config = Config(PairConfig("a", "b"), engine or EngineConfig(), ServerConfig(**{"port": 0, **server}))
-    return LdaServer(config, factory, lambda model_id: FakePrompter())
+    config = Config(
+        PairConfig("a", "b"),
+        engine or EngineConfig(),
+        ServerConfig(**{"port": 0, **server}),
+        telemetry=telemetry or TelemetryConfig(),
+    )
+    return LdaServer(config, factory, lambda model_id: FakePrompter(), tracing)
 
 
 @dataclass
@@ -125,8 +133,8 @@ async def failure(call):
     return Failure(code, await call.details(), details, dict(await call.initial_metadata()), dict(trailing))
 
 
-async def _main():
-    server = make_server()
+async def _main(telemetry=None):
+    server = make_server(telemetry=telemetry)
 
     def on_ready(pair):
         print("worker", server.worker.pid, flush=True)
@@ -136,5 +144,8 @@ async def _main():
 
 
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asked = TelemetryConfig(**json.loads(sys.argv[1])) if sys.argv[1:] else None
+    if asked:
+        configure_logging(asked.log_format, asked.log_level)
+    asyncio.run(_main(asked))
     sys.exit(0)

@@ -25,7 +25,9 @@ from lda_service.rpc.completions import CompletionServicer
 from lda_service.rpc.generations import Generations
 from lda_service.rpc.health import NOT_SERVING, SERVICE, SERVING, HealthServicer
 from lda_service.rpc.interceptors import FaultInterceptor, RequestIdInterceptor, ValidationInterceptor
+from lda_service.rpc.observation import Telemetry, TelemetryInterceptor
 from lda_service.rpc.servicer import LdaServicer
+from lda_service.rpc.tracing import Tracing, open_tracing
 from lda_service.worker.client import WorkerClient, WorkerState
 from lda_service.worker.process import DEFAULT_FACTORY
 
@@ -70,6 +72,7 @@ class LdaServer:
         config: settings.
         factory: "module:function" that makes the engine, resolved in the worker process.
         load_prompter: makes the prompt renderer of a model id; runs in a thread.
+        tracing: where traces go; by default where the settings and the OTEL_ variables say.
     """
 
     def __init__(
@@ -77,14 +80,21 @@ class LdaServer:
         config: Config,
         factory: str = DEFAULT_FACTORY,
         load_prompter: Callable[[str], Prompter] = PromptRenderer.load,
+        tracing: Tracing | None = None,
     ) -> None:
         self._config = config
         self._load_prompter = load_prompter
         self._health = HealthServicer("", SERVICE)
-        self.worker = WorkerClient(config, factory, self._follow_worker)
-        self.generations = Generations(self.worker, config)
+        self.telemetry = Telemetry(config.telemetry, tracing or open_tracing(config.telemetry.traces))
+        self.worker = WorkerClient(config, factory, self._worker_changed, self.telemetry.metrics.load_changed)
+        self.generations = Generations(self.worker, config, self.telemetry)
         self._server = grpc.aio.server(
-            interceptors=(RequestIdInterceptor(), FaultInterceptor(), ValidationInterceptor()),
+            interceptors=(
+                RequestIdInterceptor(),
+                FaultInterceptor(),
+                TelemetryInterceptor(self.telemetry),
+                ValidationInterceptor(),
+            ),
             options=(
                 *OPTIONS,
                 ("grpc.max_receive_message_length", config.server.max_message_bytes),
@@ -96,10 +106,11 @@ class LdaServer:
         """Listen, then begin to load the models; the port listened on.
 
         Raises:
-            PortInUse: the address is taken. No model has been touched then.
-            ConfigError: the address cannot be listened on for another reason.
+            PortInUse: an address is taken. No model has been touched then.
+            ConfigError: an address cannot be listened on for another reason.
         """
         port = self._bind()
+        self.telemetry.start()
         self._add_services()
         await self._server.start()
         self._health.set("", SERVING)
@@ -144,7 +155,12 @@ class LdaServer:
         self.worker.fail_streams(Aborted("The server is shutting down and ended this stream."))
         await stopped
         await self.worker.close()
+        await self.telemetry.close()
         log.info("stopped")
+
+    def _worker_changed(self, state: WorkerState) -> None:
+        self.telemetry.follow_worker(state)
+        self._follow_worker(state)
 
     def _follow_worker(self, state: WorkerState) -> None:
         """The service is healthy while the worker is ready and prompts can be rendered."""
