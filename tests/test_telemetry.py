@@ -20,6 +20,7 @@ import grpc
 import pytest
 import yaml
 from click.testing import CliRunner
+from grpc_health.v1 import health_pb2
 from lda_client.gen.lda.v1 import admin_service_pb2 as admin_pb
 from lda_client.gen.lda.v1 import admin_service_pb2_grpc, completion_service_pb2_grpc
 from lda_client.gen.lda.v1 import completion_service_pb2 as completion_pb
@@ -32,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_harness import Client, failure, make_server, outcome, serving
 
 from lda_service import cli
-from lda_service.config import EngineConfig, TelemetryConfig
+from lda_service.config import TelemetryConfig
 from lda_service.errors import ConfigError, PortInUse
 from lda_service.rpc import tracing
 from lda_service.rpc.metrics import Cause, Metrics
@@ -159,11 +160,8 @@ async def test_gauges_follow_what_runs():
 
 
 async def test_refusals_are_counted_by_reason():
-    """Loading, a full queue, too short a deadline, draining: each under its reason; a bad request is no refusal."""
-    async with serving(ready=False, telemetry=METERED, engine=EngineConfig(max_running_sequences=1)) as (
-        server,
-        client,
-    ):
+    """Loading, a full queue, draining: each under its reason, all listed from the start; a bad request is none."""
+    async with metered(ready=False) as (server, client):
         assert (await failure(client.generate())).reason == "LOADING"
         await server.ready()
         assert (await failure(client.generate("full"))).reason == "QUEUE_FULL"
@@ -176,6 +174,15 @@ async def test_refusals_are_counted_by_reason():
         assert figures["grpc_server_handled_total", GENERATE, "UNAVAILABLE"] == 1
         assert figures["grpc_server_handled_total", GENERATE, "RESOURCE_EXHAUSTED"] == 1
         assert not any(value for name, value in figures.items() if name[0] == "lda_cancelled_total")
+        held, watch = client.generate("hold"), client.watch()
+        await held.read()
+        draining = asyncio.ensure_future(server.drain_and_stop(30.0))
+        while (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING:
+            pass
+        assert (await failure(client.generate())).reason == "DRAINING"
+        await until(server, "lda_admission_rejected_total", "DRAINING")
+        held.cancel()
+        await draining
 
 
 async def cancelled_by_client(server, client):
@@ -186,7 +193,7 @@ async def cancelled_by_client(server, client):
 
 async def dropped_while_writing(server, client):
     """The client stops reading until the handler is stuck in a write, then goes away."""
-    call = client.generate("wide", tokens=4096)
+    call = client.generate("wide", tokens=400)
     await call.read()
     async with asyncio.timeout(20):
         tokens = -1
