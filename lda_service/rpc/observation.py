@@ -30,20 +30,20 @@ from lda_service.errors import (
 from lda_service.rpc.access import caller_of
 from lda_service.rpc.interceptors import AroundInterceptor
 from lda_service.rpc.metrics import SCORED, Cause, Metrics
-from lda_service.rpc.tracing import NOT_TRACED, CallSpan, Tracing, alphas_of, facts_of
+from lda_service.rpc.tracing import NOT_TRACED, OWN_PREFIX, CallSpan, Tracing, alphas_of, facts_of
 from lda_service.telemetry import set_log_fields
 from lda_service.worker.client import WorkerState
 from lda_service.worker.messages import sequences_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
     from threading import Thread
     from wsgiref.simple_server import WSGIServer
 
     import grpc
 
     from lda_service.config import TelemetryConfig
-    from lda_service.engine.request import Event, GenerationRequest, Role
+    from lda_service.engine.request import Event, GenerationRequest, Role, TokenRecord
 
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -52,7 +52,7 @@ UNKNOWN_METHOD = "other"
 # A caller's own timer fires a little before ours: the timeout on the wire is rounded up by as much as a hundredth.
 DEADLINE_SLACK_S, DEADLINE_ROUNDING = 0.05, 0.01
 
-CAUSES = {
+CAUSES: dict[type[LdaError], Cause] = {
     SlowConsumer: Cause.SLOW_CONSUMER,
     WorkerDied: Cause.WORKER_DIED,
     OutOfMemory: Cause.OUT_OF_MEMORY,
@@ -133,7 +133,8 @@ class Telemetry:
             duration_s = time.perf_counter() - began
             status = _status(context, duration_s)
             self.metrics.call_ended(method, status, duration_s)
-            span.end(status)
+            # Callbacks run in the order of their registration; what its generations have to say comes first.
+            asyncio.get_running_loop().call_soon(span.end, status)
 
         context.add_done_callback(end)
         return span
@@ -191,9 +192,7 @@ class GenerationWatch:
             self._metrics.admitted(now - self._submitted_at, self._prompt_tokens)
             self._event("admitted")
         elif isinstance(event, ScoreBlock):
-            for token in event.tokens:
-                if token.diagnostics is not None:
-                    self._metrics.diverged(token.diagnostics.after_before_kl)
+            self._divergence(event.tokens)
             if event.is_last:
                 self._sequence_finished(SCORED, now)
         elif not isinstance(event, RequestFailed):
@@ -211,9 +210,12 @@ class GenerationWatch:
             metrics.first_token(now - self._submitted_at, now - self._admitted_at)
             self._event("first_token")
         self._last_at[key] = now
-        if tokens and tokens[0].diagnostics is not None:
-            for token in tokens:
-                metrics.diverged(token.diagnostics.after_before_kl)
+        self._divergence(tokens)
+
+    def _divergence(self, tokens: Iterable[TokenRecord]) -> None:
+        for token in tokens:
+            if token.diagnostics is not None:
+                self._metrics.diverged(token.diagnostics.after_before_kl)
 
     def _sequence_finished(self, reason: str, now: float) -> None:
         self._metrics.sequence_finished(reason)
@@ -275,16 +277,16 @@ class TelemetryInterceptor(AroundInterceptor):
             yield
         except LdaError as error:
             span.note({"error.type": error.reason})
-            if isinstance(error, Refused):
+            if isinstance(error, Refused) and method_name.get().startswith(OWN_PREFIX):
                 self._telemetry.metrics.refused(error.reason)
             raise
 
 
 def _status(context: Context, elapsed_s: float) -> str:
     """The name of the status that a call ended with."""
-    code = context.code()
+    code: grpc.StatusCode | None = context.code()  # None unless we set one
     if code is not None:
-        return str(getattr(code, "name", code))
+        return str(code.name)
     if context.done():
         return "OK"
     return "DEADLINE_EXCEEDED" if _deadline_passed(context, elapsed_s) else "CANCELLED"
@@ -292,9 +294,9 @@ def _status(context: Context, elapsed_s: float) -> str:
 
 def _cause_of_call(context: Context, elapsed_s: float) -> Cause:
     """Why a call ended a generation whose stream was sound."""
-    code = context.code()
+    code: grpc.StatusCode | None = context.code()
     if code is not None:
-        return Cause.INTERNAL if getattr(code, "name", "") == "INTERNAL" else Cause.BATCH
+        return Cause.INTERNAL if code.name == "INTERNAL" else Cause.BATCH
     return Cause.DEADLINE if _deadline_passed(context, elapsed_s) else Cause.CLIENT
 
 
@@ -306,7 +308,7 @@ def _cause_of(error: LdaError) -> Cause | None:
 
 
 def _deadline_passed(context: Context, elapsed_s: float) -> bool:
-    remaining_s = context.time_remaining()
+    remaining_s: float | None = context.time_remaining()
     return remaining_s is not None and remaining_s <= DEADLINE_SLACK_S + DEADLINE_ROUNDING * (elapsed_s + remaining_s)
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from lda_service.engine.request import ScoreRequest
 
-TRACED_PREFIX, UNTRACED = "lda.v1.", "lda.v1.LdaService/GetLoad"  # which balancers ask all the time
+OWN_PREFIX = "lda.v1."  # of our methods; health checks and reflection have others
+UNTRACED = "lda.v1.LdaService/GetLoad"  # balancers ask it all the time
 FLUSH_WAIT_S = 3.0
 # A call that ends with another status is the caller's affair, by the conventions for server spans.
 SERVER_FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
@@ -90,7 +91,7 @@ class Tracing:
 
     def begin(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> CallSpan:
         """The span of a call that begins, under the parent that its metadata names."""
-        if self._tracer is None or not method.startswith(TRACED_PREFIX) or method == UNTRACED:
+        if self._tracer is None or not method.startswith(OWN_PREFIX) or method == UNTRACED:
             return NOT_TRACED
         from opentelemetry import propagate
         from opentelemetry.trace import SpanKind
