@@ -125,7 +125,7 @@ class Telemetry:
     def call_began(self, context: Context) -> CallSpan:
         """A call came; everything about it that ends with it is done by one callback, which gRPC never leaves out."""
         began, method = time.perf_counter(), method_name.get()
-        span = self._tracing.begin(method, context.invocation_metadata() or ())  # type: ignore[arg-type]
+        span = self._tracing.begin(method, context.invocation_metadata() or ())
         call_span.set(span)
         set_log_fields(trace_id=span.trace_id, caller=caller_of(context))
 
@@ -136,7 +136,7 @@ class Telemetry:
             # Callbacks run in the order of their registration; what its generations have to say comes first.
             asyncio.get_running_loop().call_soon(span.end, status)
 
-        context.add_done_callback(end)
+        context.add_done_callback(end)  # type: ignore[arg-type]
         return span
 
     def submitted(self, request: GenerationRequest | ScoreRequest, model_id: str, now: float) -> GenerationWatch:
@@ -155,6 +155,7 @@ class GenerationWatch:
         "_admitted_at",
         "_first_token_at",
         "_generation_id",
+        "_has_diagnostics",
         "_last_at",
         "_metrics",
         "_open_sequences",
@@ -177,7 +178,9 @@ class GenerationWatch:
             self._prompt_tokens += len(request.continuation_ids)
         self._submitted_at = self._admitted_at = submitted_at
         self._first_token_at: float | None = None
-        self._last_at: dict[tuple[Role, int], float] = {}  # when the latest tokens of each sequence came
+        # When the latest tokens of each sequence came: a list of one, so that a message costs one look-up.
+        self._last_at: dict[tuple[Role, int], list[float]] = {}
+        self._has_diagnostics = isinstance(request, ScoreRequest) or request.output.diagnostics
         self._tokens = 0
         self._reasons: list[str] = []
         self._open_sequences = sequences_of(request)
@@ -200,17 +203,23 @@ class GenerationWatch:
 
     def _delta(self, event: SequenceDelta, now: float) -> None:
         """The hot path: once for each message of a stream."""
-        tokens, metrics, key = event.tokens, self._metrics, (event.role, event.sequence_index)
-        self._tokens += len(tokens)
-        metrics.generation_tokens.inc(len(tokens))
-        if (last_at := self._last_at.get(key)) is not None:
-            metrics.between_tokens_s.observe(now - last_at)
-        elif self._first_token_at is None:
+        count, key = len(event.tokens), (event.role, event.sequence_index)
+        self._tokens += count
+        self._metrics.tally.add(count)
+        if (last_at := self._last_at.get(key)) is None:
+            self._last_at[key] = [now]
+            self._sequence_began(now)
+        else:
+            self._metrics.tally.add_gap(now - last_at[0])
+            last_at[0] = now
+        if self._has_diagnostics:
+            self._divergence(event.tokens)
+
+    def _sequence_began(self, now: float) -> None:
+        if self._first_token_at is None:
             self._first_token_at = now
-            metrics.first_token(now - self._submitted_at, now - self._admitted_at)
+            self._metrics.first_token(now - self._submitted_at, now - self._admitted_at)
             self._event("first_token")
-        self._last_at[key] = now
-        self._divergence(tokens)
 
     def _divergence(self, tokens: Iterable[TokenRecord]) -> None:
         for token in tokens:
