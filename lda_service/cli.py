@@ -215,6 +215,7 @@ def main() -> None:
     default=TELEMETRY.log_level,
     show_default=True,
     type=click.Choice(LOG_LEVELS, case_sensitive=False),
+    help="The least that is logged.",
 )
 @click.option("--log-prompts", envvar="LOG_PROMPTS", is_flag=True, help="Write prompts into the log.")
 def serve(**flags: Any) -> None:
