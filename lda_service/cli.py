@@ -19,6 +19,8 @@ from lda_service import __version__
 from lda_service.cli_access import access_options, probe_options, token
 from lda_service.config import (
     DTYPES,
+    LOG_FORMATS,
+    LOG_LEVELS,
     QUANTIZE,
     SPECULATION,
     AccessConfig,
@@ -27,6 +29,7 @@ from lda_service.config import (
     EngineConfig,
     PairConfig,
     ServerConfig,
+    TelemetryConfig,
     pair_ids,
 )
 from lda_service.errors import LdaError
@@ -43,7 +46,12 @@ BUNDLED_NOTICE = """
 *  Set MODEL_AFTER_ID and MODEL_BEFORE_ID to serve models of your own.         *
 ********************************************************************************"""
 
-ENGINE, SERVER, ADMISSION = EngineConfig(), ServerConfig(), AdmissionConfig()
+PROMPTS_NOTICE = """
+********************************************************************************
+*  PROMPTS ARE LOGGED: --log-prompts writes what callers ask into this log.    *
+********************************************************************************"""
+
+ENGINE, SERVER, ADMISSION, TELEMETRY = EngineConfig(), ServerConfig(), AdmissionConfig(), TelemetryConfig()
 
 log = logging.getLogger(__name__)
 
@@ -202,13 +210,50 @@ def main() -> None:
     help="Offer the methods of lda.v1.AdminService.",
 )
 @access_options
+@click.option(
+    "--metrics-port",
+    envvar="METRICS_PORT",
+    type=click.IntRange(0, 65535),
+    help="Serve Prometheus metrics over HTTP on this port; 0 picks a free one. Off unless given.",
+)
+@click.option(
+    "--metrics-host",
+    envvar="METRICS_HOST",
+    default=TELEMETRY.metrics_host,
+    show_default=True,
+    help="Address to serve metrics on; whoever reaches it may read them.",
+)
+@click.option(
+    "--traces/--no-traces",
+    default=None,
+    help="Send OpenTelemetry traces where the OTEL_ variables say. Default: if they name an endpoint or an exporter.",
+)
+@click.option(
+    "--log-format",
+    envvar="LOG_FORMAT",
+    default=TELEMETRY.log_format,
+    show_default=True,
+    type=click.Choice(LOG_FORMATS),
+    help="json: one object per line.",
+)
+@click.option(
+    "--log-level",
+    envvar="LOG_LEVEL",
+    default=TELEMETRY.log_level,
+    show_default=True,
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
+    help="The least that is logged.",
+)
+@click.option("--log-prompts", envvar="LOG_PROMPTS", is_flag=True, help="Write prompts into the log.")
 def serve(**flags: Any) -> None:
     """Serve a pair of models until SIGTERM or Ctrl-C; a second signal stops at once."""
-    configure_logging()
+    configure_logging(flags["log_format"], flags["log_level"])
     try:
         config = _config(flags)
         if not flags["model_after_id"]:
             log.warning("%s", BUNDLED_NOTICE)
+        if config.telemetry.log_prompts:
+            log.warning("%s", PROMPTS_NOTICE)
         _run(_serve(config))
     except LdaError as error:
         _fail(error)
@@ -218,9 +263,9 @@ def _config(flags: dict[str, Any]) -> Config:
     """The settings that flags of the same names give. Raises `ConfigError`."""
     flags = dict(flags)
     after, before = pair_ids(flags.pop("model_after_id"), flags.pop("model_before_id"))
-    engine, server, admission, access = (
+    engine, server, admission, access, telemetry = (
         {field.name: flags.pop(field.name) for field in fields(kind) if field.name in flags}
-        for kind in (EngineConfig, ServerConfig, AdmissionConfig, AccessConfig)
+        for kind in (EngineConfig, ServerConfig, AdmissionConfig, AccessConfig, TelemetryConfig)
     )
     return Config(
         pair=PairConfig(after, before, **flags),
@@ -228,6 +273,7 @@ def _config(flags: dict[str, Any]) -> Config:
         server=ServerConfig(**server),
         admission=AdmissionConfig(**admission),
         access=AccessConfig(**access),
+        telemetry=TelemetryConfig(**telemetry),
     )
 
 
@@ -269,13 +315,17 @@ main.add_command(token)
 async def _serve(config: Config) -> None:
     from lda_service.rpc.server import LdaServer, run
 
+    server = LdaServer(config)
+
     def on_listening(port: int) -> None:
         click.echo(f"listening on {config.server.host}:{port}")
+        if server.telemetry.metrics_url is not None:
+            click.echo(f"metrics on {server.telemetry.metrics_url}")
 
     def on_ready(pair: PairInfo) -> None:
         click.echo(f"ready: {pair.after.model_id} vs {pair.before.model_id} on {pair.device} ({pair.after.dtype})")
 
-    await run(LdaServer(config), on_listening, on_ready)
+    await run(server, on_listening, on_ready)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

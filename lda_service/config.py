@@ -20,6 +20,8 @@ QUANTIZE = ("none", "int8")
 STATIC_STEPS = ("auto", "on", "off")
 SPECULATION = ("off", "auto", "coupled")
 SCOPES = ("generate", "score", "admin")
+LOG_FORMATS = ("text", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,27 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    """What the server tells of itself. `metrics_port` None serves no metrics, 0 picks a free port.
+
+    `traces` None leaves it to the OTEL_ variables of the environment. `log_prompts` writes prompts into the log.
+    """
+
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    traces: bool | None = None
+    log_format: str = "text"
+    log_level: str = "info"
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"LOG_FORMAT is {self.log_format!r}; use one of {', '.join(LOG_FORMATS)}.")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"LOG_LEVEL is {self.log_level!r}; use one of {', '.join(LOG_LEVELS)}.")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything the server needs to know."""
 
@@ -159,6 +182,7 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 
 def pair_ids(after: str | None, before: str | None) -> tuple[str, str]:

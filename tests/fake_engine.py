@@ -8,6 +8,7 @@ The prompt says how to behave. By default every sequence gets one letter per ste
     full, long      refused on submission
     crash, oom, memory
                     the next step raises
+    preempted       counts as one more preemption
     exit            the process ends in the next step
     stuck           the next step never ends
     clock           a token at every 30th of a second, its text the monotonic time in nanoseconds
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 
 from lda_service.engine.request import (
     Admitted,
+    Diagnostics,
     FinishReason,
     GenerationRequest,
     Load,
@@ -40,6 +42,20 @@ from lda_service.worker.messages import sequences_of
 SECRET = "secret path /models/x"
 WIDE = "w" * 65536
 TICK_S = 1 / 30
+PAGES = 1024
+DIAGNOSTICS = Diagnostics(
+    after_logprob=-1.0,
+    before_logprob=-2.0,
+    amplified_logprob=-0.5,
+    after_rank=1,
+    before_rank=2,
+    amplified_rank=1,
+    after_before_kl=0.25,
+    novel_mass=0.1,
+    critical_alpha=None,
+    critical_token_id=None,
+    critical_piece=b"",
+)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -84,6 +100,9 @@ class FakeEngine:
     running: dict[str, Running] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     next_tick: float = 0.0
+    known_prompts: set[tuple[int, ...]] = field(default_factory=set)
+    reused_prompt_tokens: int = 0
+    preemptions: int = 0
 
     @property
     def has_work(self):
@@ -93,7 +112,8 @@ class FakeEngine:
         pass
 
     def load(self):
-        return Load(running_sequences=self.rows_taken, waiting_requests=len(self.running) - self.admitted)
+        held, waiting = self.rows_taken, len(self.running) - self.admitted
+        return Load(held, waiting, PAGES - held, PAGES, self.reused_prompt_tokens, self.preemptions)
 
     @property
     def admitted(self):
@@ -109,6 +129,9 @@ class FakeEngine:
             raise QueueFull("The queue is full.", metadata={"depth": "4", "capacity": "4"}, retry_after_s=2.0)
         if behaviour == "long":
             raise ContextExceeded("Too long.", metadata={"prompt_tokens": "4", "max_new_tokens": "8", "limit": "9"})
+        self.reused_prompt_tokens += len(request.prompt_ids) if request.prompt_ids in self.known_prompts else 0
+        self.known_prompts.add(request.prompt_ids)
+        self.preemptions += behaviour == "preempted"
         self.running[request.request_id] = Running(request)
 
     def cancel(self, request_id):
@@ -150,7 +173,7 @@ class FakeEngine:
     def _decode(self, running, text):
         request = running.request
         keys = [(branch.role, index) for branch in request.branches for index in range(request.num_sequences)]
-        token = TokenRecord(ord(text[0]), text.encode(), -0.5)
+        token = TokenRecord(ord(text[0]), text.encode(), -0.5, DIAGNOSTICS if request.output.diagnostics else None)
         running.tokens += 1
         events = [SequenceDelta(request.request_id, *key, text, (token,)) for key in keys]
         if running.tokens == request.stopping.max_new_tokens:
@@ -164,7 +187,7 @@ class FakeEngine:
 
     def _score(self, request):
         del self.running[request.request_id]
-        tokens = [TokenRecord(each, bytes([each])) for each in request.continuation_ids]
+        tokens = [TokenRecord(each, bytes([each]), None, DIAGNOSTICS) for each in request.continuation_ids]
         total = len(tokens)
         return [
             ScoreBlock(

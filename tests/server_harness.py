@@ -6,6 +6,7 @@ Run as a program it serves until a signal, and prints its port, the worker's pro
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,13 +20,24 @@ from grpc_status import rpc_status
 from lda_client.gen.lda.v1 import admin_service_pb2_grpc, completion_service_pb2_grpc, lda_service_pb2_grpc
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 
-from lda_service.config import AccessConfig, AdmissionConfig, Config, EngineConfig, PairConfig, ServerConfig
+from lda_service.config import (
+    AccessConfig,
+    AdmissionConfig,
+    Config,
+    EngineConfig,
+    PairConfig,
+    ServerConfig,
+    TelemetryConfig,
+)
 from lda_service.rpc.server import LdaServer, run
+from lda_service.telemetry import configure_logging
 
 SERVICE = "lda.v1.LdaService"
 
 
-def make_server(factory="fake_engine:load", engine=None, admission=None, access=None, **server):
+def make_server(
+    factory="fake_engine:load", engine=None, admission=None, access=None, telemetry=None, tracing=None, **server
+):
     """A server on a free port, not started."""
     config = Config(
         PairConfig("a", "b"),
@@ -33,8 +45,9 @@ def make_server(factory="fake_engine:load", engine=None, admission=None, access=
         ServerConfig(**{"port": 0, **server}),
         admission or AdmissionConfig(),
         access or AccessConfig(),
+        telemetry or TelemetryConfig(),
     )
-    return LdaServer(config, factory, lambda model_id: FakePrompter())
+    return LdaServer(config, factory, lambda model_id: FakePrompter(), tracing)
 
 
 @dataclass
@@ -145,8 +158,8 @@ async def failure(call):
     return Failure(code, await call.details(), details, dict(await call.initial_metadata()), dict(trailing))
 
 
-async def _main(rows):
-    server = make_server(engine=EngineConfig(max_running_sequences=rows))
+async def _main(rows, telemetry):
+    server = make_server(engine=EngineConfig(max_running_sequences=rows), telemetry=telemetry)
 
     def on_ready(pair):
         print("worker", server.worker.pid, flush=True)
@@ -158,5 +171,10 @@ async def _main(rows):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=64)
-    uvloop.run(_main(parser.parse_args().rows))
+    parser.add_argument("--telemetry", type=json.loads, help="fields of TelemetryConfig in JSON; logs as they say")
+    options = parser.parse_args()
+    asked = TelemetryConfig(**options.telemetry) if options.telemetry else None
+    if asked:
+        configure_logging(asked.log_format, asked.log_level)
+    uvloop.run(_main(options.rows, asked))
     sys.exit(0)

@@ -12,6 +12,7 @@ import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,8 @@ from lda_service.engine.request import Admitted
 from lda_service.errors import Aborted, Draining, LdaError, Loading, UnknownGeneration
 from lda_service.rpc.admission import Admission, Ticket
 from lda_service.rpc.interceptors import request_id
+from lda_service.rpc.metrics import Cause
+from lda_service.telemetry import set_log_fields
 from lda_service.worker.client import WorkerState
 from lda_service.worker.messages import ends_sequence
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from lda_service.engine.request import Event, GenerationRequest, Load, ScoreRequest
     from lda_service.pair_info import PairInfo
     from lda_service.rpc.convert import Prompter
+    from lda_service.rpc.observation import GenerationWatch, Telemetry
     from lda_service.worker.client import WorkerClient
     from lda_service.worker.stream import EventStream
 
@@ -48,10 +52,13 @@ class Generations:
     Args:
         worker: owns the models.
         config: limits.
+        telemetry: is told what happens.
     """
 
-    def __init__(self, worker: WorkerClient, config: Config) -> None:
+    def __init__(self, worker: WorkerClient, config: Config, telemetry: Telemetry) -> None:
         self._worker = worker
+        self._telemetry = telemetry
+        self._log_prompts = config.telemetry.log_prompts
         self.limits: EngineConfig = config.engine
         self.admission_limits: AdmissionConfig = config.admission
         self.admission = Admission(config.engine, config.admission)
@@ -60,6 +67,10 @@ class Generations:
         self.open: dict[str, Generation] = {}  # by generation id, oldest first
         # One thread: tokenizers may not be used from two at once, and a long text must not hold up the loop.
         self._rendering = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
+        admission = self.admission
+        telemetry.metrics.follow(
+            open_requests=lambda: admission.open_requests, waiting_requests=lambda: admission.waiting_requests
+        )
 
     @property
     def accepts_work(self) -> bool:
@@ -104,13 +115,17 @@ class Generations:
         now = time.perf_counter()
         ticket = self.admission.admit(request, caller, context.time_remaining(), now)
         outcome = "cancelled"
+        set_log_fields(generation_id=request.request_id, caller=caller)
         try:
             with self._worker.stream(request) as stream:
-                generation = Generation(request, ticket, stream, now, self.admission)
+                watch = self._telemetry.submitted(request, self.pair().after.model_id, now)
+                generation = Generation(request, ticket, stream, now, self.admission, watch)
                 self.open[request.request_id] = generation
                 log.info("generation %s submitted by request %s", request.request_id, request_id.get())
+                if self._log_prompts:
+                    self._rendering.submit(copy_context().run, self._log_prompt, request)
                 # A handler that is stuck in a write is not resumed when its call ends: this callback is called.
-                context.add_done_callback(lambda _: self._end(generation))  # type: ignore[arg-type]
+                context.add_done_callback(lambda _: self._end(generation, context))  # type: ignore[arg-type]
                 yield generation
             outcome = "complete"
         except Exception as error:
@@ -129,9 +144,16 @@ class Generations:
                 "No generation of this id is open here; it may have ended, or run on another server.",
                 metadata={"generation_id": generation_id},
             )
+        generation.watch.ended_early(Cause.OPERATOR)
         generation.stream.fail(Aborted("An operator ended this generation."))
 
-    def _end(self, generation: Generation) -> None:
+    def _log_prompt(self, request: GenerationRequest | ScoreRequest) -> None:
+        """In the thread that renders, which alone may use the tokenizer."""
+        if self.prompter is not None:
+            log.info("generation %s asks: %s", request.request_id, self.prompter.decode(request.prompt_ids))
+
+    def _end(self, generation: Generation, context: Context) -> None:
+        generation.watch.call_ended(generation.stream.error, context)
         generation.stream.close()
         self.open.pop(generation.request.request_id, None)
         self.admission.close(generation.ticket, time.perf_counter())
@@ -146,6 +168,7 @@ class Generation:
     stream: EventStream
     arrived: float
     admission: Admission
+    watch: GenerationWatch
 
     @property
     def exhausted(self) -> bool:
@@ -155,10 +178,14 @@ class Generation:
     async def next(self, timeout_s: float | None = None) -> Event | None:
         """See `EventStream.next`."""
         event = await self.stream.next(timeout_s)
+        if event is None:
+            return None
+        now = time.perf_counter()
+        self.watch.saw(event, now)
         if isinstance(event, Admitted):
-            self.admission.started(self.ticket, time.perf_counter())
-        elif event is not None and ends_sequence(event):
-            self.admission.ended(self.ticket, time.perf_counter())
+            self.admission.started(self.ticket, now)
+        elif ends_sequence(event):
+            self.admission.ended(self.ticket, now)
         return event
 
 

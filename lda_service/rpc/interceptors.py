@@ -12,7 +12,6 @@ import re
 import secrets
 from abc import abstractmethod
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from lda_service.errors import InternalError, InvalidRequest, LdaError
 from lda_service.rpc.status import REQUEST_ID_KEY, abort
+from lda_service.telemetry import log_field
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 # Set for each call by RequestIdInterceptor; every call runs in a task of its own.
-request_id: ContextVar[str] = ContextVar("request_id", default="")
+request_id = log_field("request_id")
 
 ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 

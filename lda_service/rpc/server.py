@@ -26,8 +26,10 @@ from lda_service.rpc.completions import CompletionServicer
 from lda_service.rpc.generations import Generations
 from lda_service.rpc.health import NOT_SERVING, SERVICE, SERVING, HealthServicer
 from lda_service.rpc.interceptors import FaultInterceptor, RequestIdInterceptor, ValidationInterceptor
+from lda_service.rpc.observation import Telemetry, TelemetryInterceptor
 from lda_service.rpc.servicer import LdaServicer
 from lda_service.rpc.tls import server_credentials
+from lda_service.rpc.tracing import Tracing, open_tracing
 from lda_service.worker.client import WorkerClient, WorkerState
 from lda_service.worker.process import DEFAULT_FACTORY
 
@@ -72,6 +74,7 @@ class LdaServer:
         config: settings.
         factory: "module:function" that makes the engine, resolved in the worker process.
         load_prompter: makes the prompt renderer of a model id; runs in a thread.
+        tracing: where traces go; by default where the settings and the OTEL_ variables say.
     """
 
     def __init__(
@@ -79,12 +82,14 @@ class LdaServer:
         config: Config,
         factory: str = DEFAULT_FACTORY,
         load_prompter: Callable[[str], Prompter] = PromptRenderer.load,
+        tracing: Tracing | None = None,
     ) -> None:
         self._config = config
         self._load_prompter = load_prompter
         self._health = HealthServicer("", SERVICE)
-        self.worker = WorkerClient(config, factory, self._follow_worker)
-        self.generations = Generations(self.worker, config)
+        self.telemetry = Telemetry(config.telemetry, tracing or open_tracing(config.telemetry.traces))
+        self.worker = WorkerClient(config, factory, self._worker_changed, self.telemetry.metrics.load_changed)
+        self.generations = Generations(self.worker, config, self.telemetry)
         self._credentials = server_credentials(config.access)
         self.health_port = config.access.health_port  # the one listened on, from `start` on
         self._probed: grpc.aio.Server | None = None
@@ -93,6 +98,7 @@ class LdaServer:
                 RequestIdInterceptor(),
                 *access.interceptors(config.access),
                 FaultInterceptor(),
+                TelemetryInterceptor(self.telemetry),
                 ValidationInterceptor(),
             ),
             options=(
@@ -106,12 +112,13 @@ class LdaServer:
         """Listen, then begin to load the models; the port listened on.
 
         Raises:
-            PortInUse: the address is taken. No model has been touched then.
-            ConfigError: the address cannot be listened on for another reason.
+            PortInUse: an address is taken. No model has been touched then.
+            ConfigError: an address cannot be listened on for another reason.
         """
         config = self._config.server
         port = _listen(self._server, config.host, config.port, self._credentials)
         access.tell_exposure(self._config.access, config.host, port)
+        self.telemetry.start()
         self._add_services()
         await self._serve_probes()
         await self._server.start()
@@ -169,7 +176,12 @@ class LdaServer:
         if self._probed is not None:
             await self._probed.stop(0.0)
         await self.worker.close()
+        await self.telemetry.close()
         log.info("stopped")
+
+    def _worker_changed(self, state: WorkerState) -> None:
+        self.telemetry.follow_worker(state)
+        self._follow_worker(state)
 
     def _follow_worker(self, state: WorkerState) -> None:
         """The service is healthy while the worker is ready and prompts can be rendered."""

@@ -143,6 +143,7 @@ class WorkerClient:
         config: settings; handed to the worker process too.
         factory: "module:function" that makes the engine, resolved in the worker process.
         on_state: called on the loop at every change of state.
+        on_load: called on the loop whenever the engine says how busy it is, and with nothing when it is gone.
     """
 
     def __init__(
@@ -150,10 +151,12 @@ class WorkerClient:
         config: Config,
         factory: str = worker_process.DEFAULT_FACTORY,
         on_state: Callable[[WorkerState], None] = lambda state: None,
+        on_load: Callable[[Load], None] = lambda load: None,
     ) -> None:
         self._config = config
         self._factory = factory
         self._on_state = on_state
+        self._on_load = on_load
         self._state = WorkerState.LOADING
         self._pair: PairInfo | None = None  # of the worker that was last ready
         self._load = Load()  # as last reported
@@ -299,7 +302,7 @@ class WorkerClient:
         self._heard_at = time.perf_counter()
         match message:
             case EventBatch(events, load):
-                self._load = load
+                self._set_load(load)
                 for event in events:
                     if (stream := self._streams.get(event.request_id)) is not None:
                         stream.push(event)
@@ -330,7 +333,7 @@ class WorkerClient:
             return
         if self._first_start is not None and not self._first_start.done():
             self._start_failed(_died_loading(worker))
-        self._load = Load()
+        self._set_load(Load())
         if self._state is not WorkerState.FAILED:
             log.error("worker %s ended with code %s; %d streams", worker.pid, worker.exit_code, self.open_streams)
             self._set_state(WorkerState.DEAD)
@@ -342,6 +345,10 @@ class WorkerClient:
         )
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
+
+    def _set_load(self, load: Load) -> None:
+        self._load = load
+        self._on_load(load)
 
     def _set_state(self, state: WorkerState) -> None:
         if state is not self._state:

@@ -92,6 +92,7 @@ def main(connection: Pipe, config: Config, factory: str) -> None:
         config: the settings of the server.
         factory: "module:function" that makes the engine from the settings, resolved here.
     """
+    configure_logging(config.telemetry.log_format, config.telemetry.log_level)
     _settle_in()
     try:
         engine = _start(connection, config, factory)
@@ -104,8 +105,7 @@ def main(connection: Pipe, config: Config, factory: str) -> None:
 
 
 def _settle_in() -> None:
-    """Set up logging, leave signals sent to the whole group to the server, and end at once when its process ends."""
-    configure_logging()
+    """Leave signals sent to the whole group to the server, and end at once when its process ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -187,7 +187,8 @@ class WorkerLoop:
         except LdaError as error:
             self._events.append(RequestFailed(request.request_id, error))
         except Exception:
-            log.exception("generation %s could not be submitted", request.request_id)
+            ids = {"generation_id": request.request_id}
+            log.exception("generation %s could not be submitted", request.request_id, extra=ids)
             self._events.append(RequestFailed(request.request_id, InternalError("The request could not be queued.")))
         else:
             self._unfinished[request.request_id] = sequences_of(request)

@@ -65,6 +65,11 @@ class EventStream:
         """Whether everything was read and nothing will follow."""
         return self.settled and not self._events and self._error is None
 
+    @property
+    def error(self) -> LdaError | None:
+        """What ended the stream before its time, whether or not anybody has read that far."""
+        return self._error
+
     def push(self, event: Event) -> None:
         """Take an event from the worker."""
         if isinstance(event, RequestFailed):
