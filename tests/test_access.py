@@ -296,6 +296,19 @@ async def test_tokens_come_and_go_without_a_restart(tmp_path, caplog):
         assert (await code(fresh), await code(TOKENS["alice"])) == ("UNAUTHENTICATED", "OK")
 
 
+async def test_refusals_are_counted(tokens_file):
+    """A metric counts who was not let in, by reason."""
+    async with serving(access=AccessConfig(tokens_file=tokens_file)) as (server, client):
+        for _ in range(2):
+            assert (await failure(client.lda.GetLoad(pb.GetLoadRequest(), timeout=30))).code == "UNAUTHENTICATED"
+        registry = server.telemetry.metrics.registry
+        counts = [
+            registry.get_sample_value("lda_access_refused_total", {"reason": reason})
+            for reason in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+        ]
+    assert counts == [2, 0]
+
+
 async def test_a_token_expires_while_the_server_runs(tmp_path):
     """The time of expiry is looked at in every call."""
     path = tmp_path / "tokens"

@@ -78,8 +78,12 @@ class TokenSource(Protocol):
         """What a token allows; None if it is not known here. Raises `Unauthenticated` for an expired one."""
 
 
-def interceptors(access: AccessConfig) -> tuple[AccessInterceptor, ...]:
+def interceptors(access: AccessConfig, on_refusal: Callable[[str], None]) -> tuple[AccessInterceptor, ...]:
     """What stands before the methods: nothing if nobody has to say who they are.
+
+    Args:
+        access: settings.
+        on_refusal: told the reason of every refusal.
 
     Raises:
         ConfigError: a file of tokens or keys cannot be used.
@@ -90,7 +94,7 @@ def interceptors(access: AccessConfig) -> tuple[AccessInterceptor, ...]:
     if access.jwt_key_file is not None and access.jwt_audience is not None:
         sources.append(WebTokens(access.jwt_key_file, access.jwt_audience, access.jwt_issuer))
     certificates = Certificates(access.tls_client_san) if access.tls_client_ca else None
-    return (AccessInterceptor(sources, certificates),) if sources or certificates else ()
+    return (AccessInterceptor(sources, certificates, on_refusal),) if sources or certificates else ()
 
 
 def tell_exposure(access: AccessConfig, host: str, port: int) -> None:
@@ -132,10 +136,13 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     Args:
         sources: who knows tokens; empty if none are needed.
         certificates: who knows client certificates; None if there are none.
+        on_refusal: told the reason of every refusal.
     """
 
-    def __init__(self, sources: Sequence[TokenSource], certificates: Certificates | None = None) -> None:
-        self._sources, self._certificates = sources, certificates
+    def __init__(
+        self, sources: Sequence[TokenSource], certificates: Certificates | None, on_refusal: Callable[[str], None]
+    ) -> None:
+        self._sources, self._certificates, self._on_refusal = sources, certificates, on_refusal
 
     async def intercept_service(
         self,
@@ -150,10 +157,10 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             if self._sources:
                 caller_name.set(self._by_token(method, handler_call_details.invocation_metadata or ()))
         except AccessError as error:
-            return _refusal(error)
+            return self._refusal(error)
         except Exception:
             log.exception("request %s: its token could not be checked", request_id.get())
-            return _refusal(Unauthenticated(NO_TOKEN))
+            return self._refusal(Unauthenticated(NO_TOKEN))
         handler = await continuation(handler_call_details)
         return _guarded(handler, self._admit) if self._certificates else handler
 
@@ -174,9 +181,22 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         try:
             name = self._certificates.name(context) if self._certificates else ""
         except AccessError as error:
-            await _refuse(context, error)
+            await self._refuse(context, error)
         if not self._sources:
             caller_name.set(name)
+
+    def _refusal(self, error: AccessError) -> Handler:
+        """A handler for any kind of method. As one of a stream of requests it runs before a message has arrived."""
+
+        async def refuse(_: Any, context: Context) -> None:
+            await self._refuse(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    async def _refuse(self, context: Context, error: AccessError) -> Never:
+        log.info("request %s from %s refused: %s", request_id.get(), context.peer(), error.message)
+        self._on_refusal(error.reason)
+        await abort(context, error, request_id.get())
 
 
 def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
@@ -184,15 +204,6 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
     values = [_text(value) for key, value in metadata if key == "authorization"]
     scheme, _, token = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     return token.strip() or None if scheme.lower() == "bearer" else None
-
-
-def _refusal(error: AccessError) -> Handler:
-    """A handler for any kind of method. As one of a stream of requests it runs before a message has arrived."""
-
-    async def refuse(_: Any, context: Context) -> None:
-        await _refuse(context, error)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _guarded(handler: Handler | None, admit: Admit) -> Handler:
@@ -231,11 +242,6 @@ def _guarded_stream(handler: Handler | None, admit: Admit) -> Handler:
 
     deserialize, serialize = (handler.request_deserializer, handler.response_serializer) if handler else (None, None)
     return grpc.stream_stream_rpc_method_handler(stream, deserialize, serialize)
-
-
-async def _refuse(context: Context, error: AccessError) -> Never:
-    log.info("request %s from %s refused: %s", request_id.get(), context.peer(), error.message)
-    await abort(context, error, request_id.get())
 
 
 def _is_loopback(host: str) -> bool:

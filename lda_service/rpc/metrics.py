@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from lda_service.engine.request import FinishReason, Load
-from lda_service.errors import Refused
+from lda_service.errors import AccessError, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 REFUSALS = tuple(kind.reason for kind in Refused.__subclasses__())
+ACCESS_REFUSALS = tuple(kind.reason for kind in AccessError.__subclasses__())
 SCORED = "scored"  # the end of a scored text, which was not generated
 FINISHED_REASONS = (*(reason.value for reason in FinishReason), SCORED)
 
@@ -140,6 +141,9 @@ class Metrics:
             "lda_cancelled", "Requests ended before their end.", cause=[cause.value for cause in Cause]
         )
         self.rejected = self._counter("lda_admission_rejected", "Calls refused for now.", reason=REFUSALS)
+        self.access_refused = self._counter(
+            "lda_access_refused", "Calls whose caller is not known or not allowed.", reason=ACCESS_REFUSALS
+        )
         self.slow_consumers = self._counter("lda_slow_consumers", "Requests ended because the caller read too slowly.")
         self.worker_restarts = self._counter("lda_worker_restarts", "Times a dead or stuck worker was replaced.")
 
@@ -237,6 +241,10 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """A call was refused for now."""
         self.rejected.labels(reason).inc()
+
+    def access_was_refused(self, reason: str) -> None:
+        """A caller was not let in."""
+        self.access_refused.labels(reason).inc()
 
     def call_ended(self, method: str, status: str, duration_s: float) -> None:
         """A call ended; `method` is one that exists."""

@@ -96,7 +96,7 @@ class LdaServer:
         self._server = grpc.aio.server(
             interceptors=(
                 RequestIdInterceptor(),
-                *access.interceptors(config.access),
+                *access.interceptors(config.access, self.telemetry.metrics.access_was_refused),
                 FaultInterceptor(),
                 TelemetryInterceptor(self.telemetry),
                 ValidationInterceptor(),
