@@ -23,6 +23,7 @@ from lda_service.config import (
     AdmissionConfig,
     Config,
     EngineConfig,
+    HttpConfig,
     PairConfig,
     ServerConfig,
     pair_ids,
@@ -41,7 +42,7 @@ BUNDLED_NOTICE = """
 *  Set MODEL_AFTER_ID and MODEL_BEFORE_ID to serve models of your own.         *
 ********************************************************************************"""
 
-ENGINE, SERVER, ADMISSION = EngineConfig(), ServerConfig(), AdmissionConfig()
+ENGINE, SERVER, ADMISSION, HTTP = EngineConfig(), ServerConfig(), AdmissionConfig(), HttpConfig()
 
 log = logging.getLogger(__name__)
 
@@ -177,12 +178,34 @@ def main() -> None:
 )
 def serve(**flags: Any) -> None:
     """Serve a pair of models until SIGTERM or Ctrl-C; a second signal stops at once."""
+    _start(flags)
+
+
+@main.command()
+@click.option("--http-host", envvar="HTTP_HOST", default=HTTP.host, show_default=True, help="Address of the HTTP port.")
+@click.option(
+    "--http-port",
+    envvar="HTTP_PORT",
+    default=HTTP.port,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0 picks a free one.",
+)
+def gateway(http_host: str, http_port: int, **flags: Any) -> None:
+    """Serve as `serve` does, and put Envoy before it: JSON over HTTP, gRPC and gRPC-Web on one port."""
+    _start(flags, HttpConfig(http_host, http_port))
+
+
+gateway.params += serve.params
+
+
+def _start(flags: dict[str, Any], http: HttpConfig | None = None) -> None:
     configure_logging()
     try:
         config = _config(flags)
         if not flags["model_after_id"]:
             log.warning("%s", BUNDLED_NOTICE)
-        _run(_serve(config))
+        _run(_serve(config, http))
     except LdaError as error:
         _fail(error)
 
@@ -229,7 +252,7 @@ def health(host: str, port: int, timeout: float) -> None:
     sys.exit(0 if status == "SERVING" else 1)
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, http: HttpConfig | None) -> None:
     from lda_service.rpc.server import LdaServer, run
 
     def on_listening(port: int) -> None:
@@ -238,7 +261,18 @@ async def _serve(config: Config) -> None:
     def on_ready(pair: PairInfo) -> None:
         click.echo(f"ready: {pair.after.model_id} vs {pair.before.model_id} on {pair.device} ({pair.after.dtype})")
 
-    await run(LdaServer(config), on_listening, on_ready)
+    server = LdaServer(config)
+    if http is None:
+        await run(server, on_listening, on_ready)
+        return
+    from lda_service import gateway as front
+
+    host = http.host
+
+    def on_http(port: int) -> None:
+        click.echo(f"http on http://{host}:{port}")
+
+    await front.run(server, config.server, http, on_listening, on_http, on_ready)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
