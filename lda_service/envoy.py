@@ -323,6 +323,7 @@ def _docs(methods: list[HttpMethod]) -> Config:
         "match": {"path": "/docs"},
         "direct_response": {"status": 200, "body": {"inline_string": docs_page(methods)}},
         "response_headers_to_add": _response_headers({"content-type": "text/html; charset=utf-8"}),
+        "typed_per_filter_config": _not_transcoded(),
     }
 
 
@@ -350,7 +351,12 @@ def _wrong_verb(verb: str, paths: Config) -> Config:
             "body": {"inline_string": f'{{"code":12,"message":"Use {verb} here; /docs lists what there is."}}'},
         },
         "response_headers_to_add": _response_headers({"content-type": "application/json", "allow": verb}),
+        "typed_per_filter_config": _not_transcoded(),
     }
+
+
+def _not_transcoded() -> Config:
+    return {"envoy.filters.http.grpc_json_transcoder": _typed("config.route.v3.FilterConfig", disabled=True)}
 
 
 def _response_headers(values: dict[str, str]) -> list[Config]:
@@ -377,9 +383,12 @@ def _action(front: Front) -> Config:
 
 
 def _retry_policy() -> Config:
-    """What was not begun is tried elsewhere: the server sends headers on admission only, and then nothing retries."""
+    """What was not begun is tried elsewhere: the server sends headers on admission only, and then nothing retries.
+
+    CANCELLED is what gRPC says for a server that stops to calls that have just arrived.
+    """
     return {
-        "retry_on": "connect-failure,refused-stream,reset,unavailable",
+        "retry_on": "connect-failure,refused-stream,reset,unavailable,cancelled",
         "num_retries": 3,
         "retry_back_off": {"base_interval": "0.025s", "max_interval": "0.25s"},
         "retry_host_predicate": [
@@ -388,7 +397,7 @@ def _retry_policy() -> Config:
                 "typed_config": _typed("extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
             }
         ],
-        "host_selection_retry_max_attempts": 5,
+        "host_selection_retry_max_attempts": 20,
     }
 
 
@@ -437,11 +446,16 @@ def _thresholds(front: Front) -> Config:
 
 def _replication(front: Front) -> Config:
     """How the servers behind one name are watched, and how one of them is chosen for each request."""
-    common: Config = {"healthy_panic_threshold": {"value": 0}}  # in a panic, Envoy sends to sick servers too
+    common: Config = {
+        "healthy_panic_threshold": {"value": 0},  # in a panic, Envoy sends to sick servers too
+        "update_merge_window": "0s",  # else what was learnt of health and of new servers counts up to a second later
+    }
     if front.affinity_header:
         # A server takes at most this share of the mean load; what is above goes to its neighbour.
         common["consistent_hashing_lb_config"] = {"hash_balance_factor": 150}
     return {
+        # The better of two at random, not the best of all: a server that refuses fast always looks like the best, and
+        # a retry that looked for the best again would find the same one.
         "lb_policy": "RING_HASH" if front.affinity_header else "LEAST_REQUEST",
         "common_lb_config": common,
         "health_checks": [

@@ -185,7 +185,7 @@ def envoy_binary() -> Path:
 
 def envoy_command(binary: Path, config: Path) -> Sequence[str]:
     """The command line that starts Envoy as a child of this process, and lets it die with it."""
-    options = ("-c", str(config), "--concurrency", "1", "--disable-hot-restart", "--log-level", "warn")
+    options = ("-c", str(config), "--concurrency", "1", "--disable-hot-restart", "--log-level", "error")
     command = (str(binary), *options)
     if sys.platform != "linux":
         return command

@@ -171,7 +171,7 @@ class Call:
 async def call(client, text="hi", metadata=None, **fields):
     """One stream, read to its end."""
     started, first_ms = time.perf_counter(), None
-    stream = client.generate(text, metadata=metadata, **fields)
+    stream = client.generate(text, metadata=metadata, timeout=None, **fields)
     try:
         async for _ in messages(stream):
             first_ms = first_ms or 1e3 * (time.perf_counter() - started)
@@ -214,7 +214,8 @@ class Load:
     async def stop(self):
         """Let the open calls end; all calls."""
         self._stop = True
-        await asyncio.gather(*self._tasks)
+        async with asyncio.timeout(WAIT_S):
+            await asyncio.gather(*self._tasks)
         await self._client.channel.close()
         return self.calls
 

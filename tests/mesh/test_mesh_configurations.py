@@ -58,7 +58,7 @@ def test_every_endpoint_is_on_the_page():
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
-@pytest.mark.parametrize("manifest", documents())
+@pytest.mark.parametrize("manifest", list(documents()))
 def test_manifests_fit_their_schemas(manifest, version):
     """Each manifest is valid, unknown keys included; custom resources are skipped by name."""
     if manifest["kind"] in NOT_KNOWN:

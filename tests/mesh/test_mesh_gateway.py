@@ -197,8 +197,8 @@ async def test_errors_of_the_stream_methods_keep_their_http_status(server):
 
 
 async def test_paths_and_verbs_that_are_not_there(server):
-    """An unknown path is 404, another verb 405, and neither reaches the server."""
-    for path in ("/", "/v1:nothing", "/generate_lda/", "/v1/", "/lda.v1.AdminService/ListGenerations"):
+    """An unknown path is 404, as is what an operator may do; another verb is 405."""
+    for path in ("/", "/v1:nothing", "/generate_ldap", "/v1/", "/lda.v1.AdminService/ListGenerations"):
         assert (await curl(server, path, "{}", "-o", "/dev/null", "-w", "%{http_code}")) == "404", path
     for path, options in (("/generate_lda", ()), ("/v1/modelPair", ("-X", "POST")), ("/v1:score", ("-X", "PUT"))):
         assert (await curl(server, path, None, *options, "-o", "/dev/null", "-w", "%{http_code}")) == "405", path

