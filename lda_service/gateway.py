@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lda_service.envoy import Front, bootstrap, descriptor_set
 from lda_service.errors import ConfigError, EnvoyEnded, PortInUse
@@ -75,7 +75,7 @@ async def run(
 
     stop = asyncio.Event()
     serving = asyncio.ensure_future(rpc_server.run(server, start_front, on_ready, stop))
-    await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
+    await _first_of(serving, listening)
     if not listening.done():
         return await serving
     front = Front(
@@ -85,7 +85,7 @@ async def run(
         server_port=listening.result(),
     )
     fronting = asyncio.ensure_future(_front(binary, front, on_http, serving))
-    await asyncio.wait({serving, fronting}, return_when=asyncio.FIRST_COMPLETED)
+    await _first_of(serving, fronting)
     stop.set()
     results = await asyncio.gather(serving, fronting, return_exceptions=True)
     for error in filter(None, results):
@@ -100,12 +100,16 @@ async def _front(binary: Path, front: Front, on_http: Callable[[int], None], ser
         try:
             await envoy.start()
             on_http(await envoy.ready())
-            await asyncio.wait({serving, envoy.ended}, return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(serving, envoy.ended)
             if not serving.done():
                 raise envoy.failure()
             await envoy.flushed()
         finally:
             await envoy.stop()
+
+
+async def _first_of(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def configuration(front: Front, folder: Path) -> Config:
