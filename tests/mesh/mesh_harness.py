@@ -17,6 +17,8 @@ from pathlib import Path
 
 import grpc
 import yaml
+from lda_client.gen.lda.v1 import completion_service_pb2 as completion_pb
+from lda_client.gen.lda.v1 import completion_service_pb2_grpc
 from server_harness import Client, messages
 
 from lda_service.envoy import descriptor_set
@@ -183,24 +185,37 @@ async def call(client, text="hi", metadata=None, **fields):
     return Call("x-generation-id" in headers, code, await stream.details(), first_ms, total_ms)
 
 
+async def whole_answer(client, tokens):
+    """One unary call of the earlier API; it begins and ends for its caller at the same moment."""
+    started = time.perf_counter()
+    stub = completion_service_pb2_grpc.CompletionServiceStub(client.channel)
+    request = completion_pb.CompleteLDARequest(prompt="hi", max_new_tokens=tokens)
+    answer = stub.CompleteLDA(request)
+    code = (await answer.code()).name
+    total_ms = 1e3 * (time.perf_counter() - started)
+    return Call(False, code, await answer.details(), total_ms, total_ms)
+
+
 class Load:
     """Callers that keep calling, on one channel, until told to stop.
 
     Args:
         port: of the Envoy.
-        callers: how many streams are open at any time.
-        tokens: of each stream.
+        callers: how many calls are open at any time.
+        make: what is called.
+        tokens: of each call.
     """
 
-    def __init__(self, port, callers=24, tokens=20):
+    def __init__(self, port, callers, make=call, tokens=20):
         self.calls = []
+        self._make = make
         self._client = Client(port, NO_RETRIES)
         self._stop, self._changed = False, asyncio.Event()
         self._tasks = [asyncio.create_task(self._keep_calling(tokens)) for _ in range(callers)]
 
     async def _keep_calling(self, tokens):
         while not self._stop:
-            self.calls.append(await call(self._client, tokens=tokens))
+            self.calls.append(await self._make(self._client, tokens=tokens))
             self._changed.set()
 
     async def until(self, more):
