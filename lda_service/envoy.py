@@ -460,7 +460,8 @@ def _replication(front: Front) -> Config:
         "common_lb_config": common,
         "health_checks": [
             {
-                "timeout": "1s",
+                # A server that is gone or does not serve says so at once; one that is slow to answer may just be busy.
+                "timeout": "5s",
                 "interval": "1s",
                 "no_traffic_interval": "1s",
                 "unhealthy_threshold": 2,

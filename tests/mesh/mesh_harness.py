@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 # Unset in the short form, which is part of every test run.
 MESH_SECONDS = float(os.environ.get("MESH_SECONDS", "0"))
-WAIT_S = 30.0
+WAIT_S = 60.0
 POLL_S = 0.02
 # A client that tries again by itself would hide what Envoy does.
 NO_RETRIES = (("grpc.enable_retries", 0),)

@@ -25,13 +25,15 @@ module_fixture = pytest_asyncio.fixture(loop_scope="module", scope="module")
 
 ROWS = 4  # of each server; more wait in its queue, where nothing has begun
 CALLERS = 36
+# Longer than a worker that runs waits for a core on a busy machine.
+WORKER_TIMEOUT_S = 3.0
 ROUNDS = max(1, round(MESH_SECONDS / 15))
 long_form = pytest.mark.skipif(not MESH_SECONDS, reason="make test-mesh runs it")
 
 
 @module_fixture
 async def servers():
-    async with replicas(3, engine={"max_running_sequences": ROWS}, worker_timeout_s=1.0) as started:
+    async with replicas(3, engine={"max_running_sequences": ROWS}) as started:
         yield started
 
 
@@ -125,21 +127,24 @@ async def test_rolling_restart_fails_no_stream(mesh, servers):
     assert failed == []
 
 
-async def test_a_stalled_worker_costs_only_what_it_had_begun(mesh, servers):
+async def test_a_stalled_worker_costs_only_what_it_had_begun(servers, tmp_path):
     """A worker that hangs (SIGSTOP) is replaced, what waited for it is done elsewhere, and its server serves again."""
-    load = Load(mesh.port, CALLERS)
-    await load.until(CALLERS)
-    os.kill(servers[0].worker_pid, signal.SIGSTOP)
-    await mesh.until(lambda hosts: not hosts[servers[0].port]["healthy"])
-    await mesh.all_healthy()
-    await load.until(CALLERS)
-    failed = report("a stalled worker of one of three servers", await load.stop())
+    engine = {"max_running_sequences": ROWS}
+    async with (
+        replicas(1, engine=engine, worker_timeout_s=WORKER_TIMEOUT_S) as (victim,),
+        front("envoy.yaml", [victim.port, servers[0].port, servers[1].port], tmp_path) as mesh,
+    ):
+        await mesh.all_healthy()
+        load = Load(mesh.port, CALLERS)
+        await load.until(CALLERS)
+        os.kill(victim.worker_pid, signal.SIGSTOP)
+        await mesh.until(lambda hosts: not hosts[victim.port]["healthy"])
+        await mesh.all_healthy()
+        await load.until(CALLERS)
+        failed = report("a stalled worker of one of three servers", await load.stop())
     assert [each for each in failed if not each.begun] == []
     assert {each.code for each in failed} <= {"UNAVAILABLE"}
     assert len(failed) <= ROWS
-    await servers[0].kill()  # its worker has a successor whose id is not known here
-    await servers[0].start()
-    await mesh.all_healthy()
 
 
 @long_form
