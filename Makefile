@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo serve test lint breaking generate train-demo fuzz soak bench bench-peers clean
+.PHONY: help install demo serve test test-mesh fuzz soak lint breaking generate train-demo bench bench-peers clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ serve: $(RUNTIME) ## Serve MODEL_AFTER_ID and MODEL_BEFORE_ID, or the bundled pa
 test: $(DEV) ## Run the tests
 	$(BIN)/python -m pytest -q
 
+test-mesh: $(DEV) ## Kill, stall and restart servers behind Envoy for minutes; prints figures
+	MESH_SECONDS=60 $(BIN)/python -m pytest -q -s tests/mesh
+
 lint: $(DEV) breaking ## Check style, types, layers, the contract, generated code and the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +51,7 @@ lint: $(DEV) breaking ## Check style, types, layers, the contract, generated cod
 	$(BIN)/buf lint
 	$(BIN)/buf format -d --exit-code proto
 	$(GENERATE) --check
+	$(BIN)/python tools/envoy.py --check
 	$(BIN)/hadolint Dockerfile
 
 breaking: $(DEV) ## Compare the contract with the main branch; skipped where git knows none
@@ -62,6 +66,7 @@ breaking: $(DEV) ## Compare the contract with the main branch; skipped where git
 
 generate: $(DEV) ## Write the generated code of the contract
 	$(GENERATE)
+	$(BIN)/python tools/envoy.py
 
 train-demo: $(RUNTIME) ## Train the bundled pair again, into OUTPUT
 	$(BIN)/python -m lda_service.pairs.demo.recipe --output $(OUTPUT)

@@ -27,12 +27,13 @@ from lda_service.config import (
     AdmissionConfig,
     Config,
     EngineConfig,
+    HttpConfig,
     PairConfig,
     ServerConfig,
     TelemetryConfig,
     pair_ids,
 )
-from lda_service.errors import LdaError
+from lda_service.errors import ConfigError, LdaError
 from lda_service.telemetry import configure_logging
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ PROMPTS_NOTICE = """
 *  PROMPTS ARE LOGGED: --log-prompts writes what callers ask into this log.    *
 ********************************************************************************"""
 
-ENGINE, SERVER, ADMISSION, TELEMETRY = EngineConfig(), ServerConfig(), AdmissionConfig(), TelemetryConfig()
+ENGINE, SERVER, ADMISSION = EngineConfig(), ServerConfig(), AdmissionConfig()
+HTTP, TELEMETRY = HttpConfig(), TelemetryConfig()
 
 log = logging.getLogger(__name__)
 
@@ -247,14 +249,41 @@ def main() -> None:
 @click.option("--log-prompts", envvar="LOG_PROMPTS", is_flag=True, help="Write prompts into the log.")
 def serve(**flags: Any) -> None:
     """Serve a pair of models until SIGTERM or Ctrl-C; a second signal stops at once."""
+    _start(flags)
+
+
+@main.command()
+@click.option("--http-host", envvar="HTTP_HOST", default=HTTP.host, show_default=True, help="Address of the HTTP port.")
+@click.option(
+    "--http-port",
+    envvar="HTTP_PORT",
+    default=HTTP.port,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0 picks a free one.",
+)
+def gateway(http_host: str, http_port: int, **flags: Any) -> None:
+    """Serve as `serve` does, and put Envoy before it: JSON over HTTP, gRPC and gRPC-Web on one port."""
+    _start(flags, HttpConfig(http_host, http_port))
+
+
+gateway.params += serve.params
+
+
+def _start(flags: dict[str, Any], http: HttpConfig | None = None) -> None:
     configure_logging(flags["log_format"], flags["log_level"])
     try:
         config = _config(flags)
+        if http is not None and config.access.tls_cert is not None:
+            raise ConfigError(
+                "The gateway's Envoy and its server speak plain text on one machine; leave out TLS_CERT, and put TLS "
+                "before HTTP_PORT, or use deploy/envoy with `lda-service serve`."
+            )
         if not flags["model_after_id"]:
             log.warning("%s", BUNDLED_NOTICE)
         if config.telemetry.log_prompts:
             log.warning("%s", PROMPTS_NOTICE)
-        _run(_serve(config))
+        _run(_serve(config, http))
     except LdaError as error:
         _fail(error)
 
@@ -312,7 +341,7 @@ def health(host: str, port: int, timeout: float, **probe: Any) -> None:
 main.add_command(token)
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, http: HttpConfig | None) -> None:
     from lda_service.rpc.server import LdaServer, run
 
     server = LdaServer(config)
@@ -325,7 +354,19 @@ async def _serve(config: Config) -> None:
     def on_ready(pair: PairInfo) -> None:
         click.echo(f"ready: {pair.after.model_id} vs {pair.before.model_id} on {pair.device} ({pair.after.dtype})")
 
-    await run(server, on_listening, on_ready)
+    if http is None:
+        await run(server, on_listening, on_ready)
+        return
+    from lda_service import gateway as front
+    from lda_service.rpc.access import tell_exposure
+
+    host = http.host
+    tell_exposure(config.access, host, http.port)
+
+    def on_http(port: int) -> None:
+        click.echo(f"http on http://{host}:{port}")
+
+    await front.run(server, config.server, http, on_listening, on_http, on_ready)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

@@ -174,6 +174,14 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HttpConfig:
+    """Where `lda-service gateway` listens for HTTP. `port` 0 picks a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything the server needs to know."""
 

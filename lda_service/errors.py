@@ -28,7 +28,8 @@
     │   ├── ModelUnreadable
     │   ├── ModelUnsupported
     │   ├── PairIncompatible
-    │   └── PortInUse
+    │   ├── PortInUse
+    │   └── EnvoyEnded              the HTTP front could not start, or died
     └── InternalError           our own fault; its text stays in the log
 
 Each class carries the name of its gRPC status code and of its `ErrorReason` (`proto/lda/v1/lda_service.proto`). This
@@ -240,6 +241,10 @@ class PairIncompatible(StartupError):
 
 class PortInUse(StartupError):
     """Another process listens on the address."""
+
+
+class EnvoyEnded(StartupError):
+    """The proxy that carries HTTP could not start, or died."""
 
 
 class InternalError(LdaError):

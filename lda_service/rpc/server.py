@@ -221,13 +221,18 @@ def _bind_error(host: str, port: int, setting: str) -> PortInUse | ConfigError:
     return ConfigError(f"Cannot listen on {host}:{port}: {reason}; choose another HOST or {setting}.")
 
 
-async def run(server: LdaServer, on_listening: Callable[[int], None], on_ready: Callable[[PairInfo], None]) -> None:
-    """Start, serve until SIGTERM or SIGINT, drain. A second signal stops at once.
+async def run(
+    server: LdaServer,
+    on_listening: Callable[[int], None],
+    on_ready: Callable[[PairInfo], None],
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Start, serve until SIGTERM or SIGINT or `stop`, drain. A second signal stops at once.
 
     Raises:
         LdaError: the server cannot start.
     """
-    first, second = asyncio.Event(), asyncio.Event()
+    first, second = stop or asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
     on_listening(await server.start())
