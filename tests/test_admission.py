@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 import pytest
@@ -274,6 +275,15 @@ async def test_a_busy_worker_is_not_taken_for_a_stuck_one():
         pid = server.worker.pid
         call = client.generate("clock", tokens=45)
         assert await outcome(call) == "OK"
+        assert server.worker.pid == pid
+
+
+async def test_a_pause_of_the_server_is_not_the_workers():
+    """A server that stood still for longer than a worker may be silent finds its worker as it left it."""
+    async with serving(worker_timeout_s=0.6) as (server, client):
+        pid = server.worker.pid
+        time.sleep(1.5)  # noqa: ASYNC251 - the whole process stands still, as after SIGSTOP
+        assert await outcome(client.generate("clock", tokens=45)) == "OK"
         assert server.worker.pid == pid
 
 

@@ -285,16 +285,20 @@ class WorkerClient:
 
     async def _watch(self, worker: WorkerProcess) -> None:
         """Ask for a sign of life now and then, and end a worker that gives none: it is replaced like a dead one."""
-        timeout_s = self._config.server.worker_timeout_s
+        interval_s = self._config.server.worker_timeout_s / HEARTBEATS
+        asked_at, unanswered = 0.0, 0
         while True:
-            await asyncio.sleep(timeout_s / HEARTBEATS)
+            await asyncio.sleep(interval_s)
             if self._state is not WorkerState.READY:
+                asked_at, unanswered = 0.0, 0
                 continue
-            silent_s = time.perf_counter() - self._heard_at
-            if silent_s > timeout_s:
-                log.error("worker %s has not answered for %.1f s and is ended", worker.pid, silent_s)
+            # Not the time since it was heard of: that grows while this process itself stands still.
+            unanswered = unanswered + 1 if self._heard_at < asked_at else 0
+            if unanswered >= HEARTBEATS:
+                log.error("worker %s has not answered for %.1f s and is ended", worker.pid, unanswered * interval_s)
                 worker.kill()
                 return
+            asked_at = time.perf_counter()
             worker.send(Ping())
 
     def _receive(self, worker: WorkerProcess, message: Outbound | None) -> None:

@@ -384,6 +384,16 @@ async def test_a_taken_port_is_named():
     assert "--http-port" in result.stderr
 
 
+async def test_tls_of_the_server_is_not_the_gateways(tmp_path):
+    """The gateway says that it speaks plain text to its server, before any model is touched."""
+    files = {"TLS_CERT": str(tmp_path / "c"), "TLS_KEY": str(tmp_path / "k")}
+    for path in files.values():
+        Path(path).touch()
+    result = await asyncio.to_thread(CliRunner().invoke, cli.main, ["gateway", "--port", "0"], env=files)
+    assert result.exit_code == 1
+    assert "leave out TLS_CERT" in result.stderr
+
+
 async def test_a_missing_envoy_is_named(monkeypatch):
     """Without the package, the error says what to install."""
     monkeypatch.setitem(sys.modules, "envoy", None)
