@@ -5,6 +5,7 @@
 
 #define BINS 2048
 #define BINS_PER_NAT 64
+#define FINE_BINS 256
 #define CHUNK 64
 #define GOLDEN 0x9E3779B97F4A7C15u
 
@@ -79,63 +80,104 @@ static void drop_implausible(const Draw *d, long row, float *z) {
         if (a[i] < floor) z[i] = -INFINITY;
 }
 
-static inline int bin_of(float s) { return s > -(float)BINS / BINS_PER_NAT ? (int)(-s * BINS_PER_NAT) : BINS - 1; }
-
 typedef struct {
     long count[BINS];
-    double mass[BINS];
+    double mass[2][BINS];  // of even and odd entries: neighbours often share a bin, and would wait for each other's sum
+    float *weight;         // [vocabulary]: e^s
+    int32_t *bin;          // [vocabulary]
+    float *sorted;         // [vocabulary]: values of one bin
 } Histogram;
 
-// The values of one bin that are at least `floor`, largest first; returns how many.
-static long sorted_bin(const float *s, long n, int bin, float floor, float *out) {
+static inline int bin_of(float s) { return s > -(float)(BINS - 1) / BINS_PER_NAT ? (int)(-s * BINS_PER_NAT) : BINS - 1; }
+
+// Every value's weight and bin.
+static void sort_into_bins(const float *s, long n, Histogram *h) {
+    const vec floor = splat(-(float)(BINS - 1) / BINS_PER_NAT);
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vec v = load_f32(s + i);
+        ivec bin = __builtin_convertvector(where(v > floor, v, floor) * splat(-BINS_PER_NAT), ivec);
+        store(h->weight + i, exp_of(v));
+        memcpy(h->bin + i, &bin, sizeof bin);
+    }
+    for (; i < n; i++) {
+        h->weight[i] = expf(s[i]);
+        h->bin[i] = bin_of(s[i]);
+    }
+}
+
+static long values_of_bin(const float *s, long n, int bin, float floor, Histogram *h) {
     long count = 0;
-    for (long i = 0; i < n; i++)
-        if (s[i] >= floor && s[i] > -INFINITY && bin_of(s[i]) == bin) out[count++] = s[i];
-    qsort(out, count, sizeof(float), falling);
+    for (long i = 0; i < n; i++) {
+        h->sorted[count] = s[i];
+        count += h->bin[i] == bin && s[i] >= floor && s[i] > -INFINITY;
+    }
     return count;
 }
 
-// out = e^s; n values.
-static void weigh_all(const float *s, long n, float *out) {
-    long i = 0;
-    for (; i + LANES <= n; i += LANES) store(out + i, exp_of(load_f32(s + i)));
-    for (; i < n; i++) out[i] = expf(s[i]);
+static inline int fine_bin_of(float s, int bin) {
+    int fine = (int)((-s * BINS_PER_NAT - (float)bin) * FINE_BINS);
+    return fine < 0 ? 0 : fine < FINE_BINS ? fine : FINE_BINS - 1;
 }
 
-// The smallest value that passes top_k, top_p and min_p; ties with it pass too. `space` holds n floats.
-static float threshold_of(const Draw *d, long row, const float *s, long n, float *space, Histogram *h) {
-    double total = 0, target, sum = 0;
-    float by_count = -INFINITY, by_mass = -INFINITY;
+// Of `count` values of one bin, the one at which the mass from the largest down reaches `target`; the smallest of all if
+// rounding leaves it short of that. A second, finer histogram leaves only a few to sort.
+static float crossing(float *values, long count, int bin, double target) {
+    double mass[FINE_BINS] = {0}, sum = 0;
+    int fine = 0, last = 0;
+    for (long i = 0; i < count; i++) {
+        int at = fine_bin_of(values[i], bin);
+        mass[at] += expf(values[i]);
+        last = at > last ? at : last;
+    }
+    for (; fine < last && sum + mass[fine] < target; fine++) sum += mass[fine];
+    long few = 0, i = 0;
+    for (long j = 0; j < count; j++)
+        if (fine_bin_of(values[j], bin) == fine) values[few++] = values[j];
+    qsort(values, few, sizeof(float), falling);
+    for (; i < few; i++)
+        if ((sum += expf(values[i])) >= target) break;
+    return values[i < few ? i : few - 1];
+}
+
+// The smallest value that passes top_k, and the mass of those that do.
+static float top_k_threshold(long top_k, const float *s, long n, Histogram *h, double *total) {
     long finite = 0, before = 0;
-    memset(h, 0, sizeof *h);
-    weigh_all(s, n, space);
+    int bin = 0;
+    memset(h->count, 0, sizeof h->count);
     for (long i = 0; i < n; i++)
         if (s[i] > -INFINITY) {
-            int bin = bin_of(s[i]);
-            h->count[bin]++;
-            h->mass[bin] += space[i];
+            h->count[h->bin[i]]++;
             finite++;
         }
-    if (d->top_k[row] > 0 && d->top_k[row] < finite) {
-        int bin = 0;
-        for (; before + h->count[bin] < d->top_k[row]; bin++) {
-            before += h->count[bin];
-            total += h->mass[bin];
-        }
-        long count = sorted_bin(s, n, bin, -INFINITY, space);
-        by_count = space[d->top_k[row] - before - 1];
-        for (long i = 0; i < count && space[i] >= by_count; i++) total += expf(space[i]);
-    } else
-        for (int bin = 0; bin < BINS; bin++) total += h->mass[bin];
+    if (top_k >= finite) return -INFINITY;
+    *total = 0;
+    for (; before + h->count[bin] < top_k; bin++) {
+        before += h->count[bin];
+        *total += h->mass[0][bin] + h->mass[1][bin];
+    }
+    long count = values_of_bin(s, n, bin, -INFINITY, h);
+    qsort(h->sorted, count, sizeof(float), falling);
+    float threshold = h->sorted[top_k - before - 1];
+    for (long i = 0; i < count && h->sorted[i] >= threshold; i++) *total += expf(h->sorted[i]);
+    return threshold;
+}
+
+// The smallest value that passes top_k, top_p and min_p; ties with it pass too.
+static float threshold_of(const Draw *d, long row, const float *s, long n, Histogram *h) {
+    double total = 0, sum = 0;
+    float by_count = -INFINITY, by_mass = -INFINITY;
+    sort_into_bins(s, n, h);
+    memset(h->mass, 0, sizeof h->mass);
+    for (long i = 0; i < n; i++) h->mass[i & 1][h->bin[i]] += h->weight[i];
+    for (int bin = 0; bin < BINS; bin++) total += h->mass[0][bin] + h->mass[1][bin];
+    if (d->top_k[row] > 0) by_count = top_k_threshold(d->top_k[row], s, n, h, &total);
     if (d->top_p[row] < 1) {
-        target = d->top_p[row] * total;
+        double target = d->top_p[row] * total, mass;
         int bin = 0;
-        for (; bin < BINS - 1 && sum + h->mass[bin] < target; bin++) sum += h->mass[bin];
-        long count = sorted_bin(s, n, bin, by_count, space), i = 0;
-        for (; i < count; i++)
-            if ((sum += expf(space[i])) >= target) break;
-        // Rounding may leave the sum short of the target: then the last one is the one that crosses.
-        if (count) by_mass = space[i < count ? i : count - 1];
+        for (; bin < BINS - 1 && sum + (mass = h->mass[0][bin] + h->mass[1][bin]) < target; bin++) sum += mass;
+        long count = values_of_bin(s, n, bin, by_count, h);
+        if (count) by_mass = crossing(h->sorted, count, bin, target - sum);
     }
     float by_ratio = d->min_p[row] > 0 ? logf(d->min_p[row]) : -INFINITY;
     float best = by_count > by_mass ? by_count : by_mass;
@@ -169,7 +211,7 @@ static long race(const float *s, long n, float threshold, uint64_t noise, const 
         for (long i = 0; i < CHUNK; i += LANES) store(weight + i, exp_of(load_f32(weight + i)));
         for (long i = 0; i < count; i++) {
             least[i] = (float)(int32_t)(0xffffff - (bits[i] >> 40)) * 0x1p-24f;  // <= 1 - u
-            candidates |= weight[i] > 0 && least[i] * bar <= weight[i];
+            candidates |= (weight[i] > 0) & (least[i] * bar <= weight[i]);  // without a branch: it would be a coin flip
         }
         for (long i = 0; i < count; i++) sum += weight[i];
         total += sum;
@@ -188,7 +230,7 @@ static long race(const float *s, long n, float threshold, uint64_t noise, const 
     return winner;
 }
 
-static void draw_row(const Draw *d, long row, float *space, Histogram *h) {
+static void draw_row(const Draw *d, long row, Histogram *h) {
     float *s = d->scratch + row * d->vocabulary, temperature = d->temperature[row];
     float largest = amplify_row(d, row, s);
     d->sound[row] = largest - largest == 0;
@@ -208,7 +250,7 @@ static void draw_row(const Draw *d, long row, float *space, Histogram *h) {
     for (long i = 0; i < d->vocabulary; i++) s[i] = (s[i] - largest) / temperature;
     float threshold = -FLT_MAX;
     if (d->top_k[row] > 0 || d->top_p[row] < 1 || d->min_p[row] > 0)
-        threshold = threshold_of(d, row, s, d->vocabulary, space, h);
+        threshold = threshold_of(d, row, s, d->vocabulary, h);
     if (threshold < -FLT_MAX) threshold = -FLT_MAX;
     uint64_t noise = mix(d->keys[row] + d->positions[row] * GOLDEN);
     d->tokens[row] = race(s, d->vocabulary, threshold, noise, d->token_noise, &d->logprobs[row]);
@@ -219,12 +261,13 @@ int lda_sample(const Draw *d) {
     int failed = 0;
 #pragma omp parallel if (d->rows * d->vocabulary > 16384)
     {
-        float *space = malloc(d->vocabulary * sizeof(float));
         Histogram *h = malloc(sizeof *h);
+        float *space = malloc(3 * d->vocabulary * sizeof(float));
         if (!space || !h) failed = 1;
+        else *h = (Histogram){.weight = space, .bin = (int32_t *)(space + d->vocabulary), .sorted = space + 2 * d->vocabulary};
 #pragma omp for schedule(dynamic)
         for (long row = 0; row < d->rows; row++)
-            if (space && h) draw_row(d, row, space, h);
+            if (space && h) draw_row(d, row, h);
         free(space);
         free(h);
     }
