@@ -41,7 +41,7 @@ from lda_service.worker.messages import sequences_of
 
 SECRET = "secret path /models/x"
 WIDE = "w" * 65536
-TICK_S = 1 / 30
+TICK_S, CLOCK_STEP_S = 1 / 30, 0.005
 PAGES = 1024
 DIAGNOSTICS = Diagnostics(
     after_logprob=-1.0,
@@ -90,8 +90,10 @@ class FakePrompter:
 @dataclass
 class Running:
     request: GenerationRequest | ScoreRequest
+    behaviour: str
     admitted: bool = False
     tokens: int = 0
+    due: float = 0.0  # when a clock ticks next
 
 
 @dataclass
@@ -99,7 +101,6 @@ class FakeEngine:
     rows: int = 64
     running: dict[str, Running] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
-    next_tick: float = 0.0
     known_prompts: set[tuple[int, ...]] = field(default_factory=set)
     reused_prompt_tokens: int = 0
     preemptions: int = 0
@@ -132,33 +133,32 @@ class FakeEngine:
         self.reused_prompt_tokens += len(request.prompt_ids) if request.prompt_ids in self.known_prompts else 0
         self.known_prompts.add(request.prompt_ids)
         self.preemptions += behaviour == "preempted"
-        self.running[request.request_id] = Running(request)
+        self.running[request.request_id] = Running(request, behaviour)
 
     def cancel(self, request_id):
         if self.running.pop(request_id, None):
             self.cancelled.append(request_id)
 
     def step(self):
-        self._pace()
+        has_clock = any(running.behaviour == "clock" for running in self.running.values())
+        time.sleep(CLOCK_STEP_S if has_clock else 0.001)
         return [event for running in list(self.running.values()) for event in self._advance(running)]
 
-    def _pace(self):
-        """The time a step takes: a thousandth of a second, or as the clock says while one is asked for."""
-        if any(_behaviour(running.request) == "clock" for running in self.running.values()):
-            time.sleep(max(0.0, self.next_tick - time.perf_counter()))
-            self.next_tick = max(self.next_tick, time.perf_counter() - TICK_S) + TICK_S
-        else:
-            time.sleep(0.001)
-
     def _advance(self, running):
-        request, behaviour = running.request, _behaviour(running.request)
+        request, behaviour = running.request, running.behaviour
         if not running.admitted:
             if self.rows_taken and self.rows_taken + sequences_of(request) > self.rows:
                 return []
             running.admitted = True
+            # Clocks tick out of step with each other.
+            running.due = time.monotonic() + TICK_S * (len(self.running) * 0.618 % 1)
             return [Admitted(request.request_id)]
         if behaviour == "exit":
             os._exit(3)
+        if behaviour == "clock":
+            if time.monotonic() < running.due:
+                return []
+            running.due += TICK_S
         if behaviour == "stuck":
             time.sleep(3600)
         if behaviour in FAULTS:

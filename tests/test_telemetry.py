@@ -664,7 +664,7 @@ def test_flags_reach_the_settings(monkeypatch, caplog):
     """Every flag and variable of telemetry ends in its field, and logging prompts is announced loudly."""
     seen = []
 
-    async def serve(config):
+    async def serve(config, _http):
         seen.append(config.telemetry)
 
     monkeypatch.setattr(cli, "_serve", serve)

@@ -132,6 +132,9 @@ class EventStream:
         return event.merged()
 
     async def _wait(self, timeout_s: float | None) -> bool:
+        if timeout_s is None:  # the usual case, for every token of every stream: no timer for it
+            await self._news.wait()
+            return True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._news.wait()
