@@ -74,12 +74,25 @@ def test_forecast_of_the_wait():
     assert short.value.metadata == {"expected_wait_ms": "2000", "remaining_ms": "1000"}
 
 
+def test_a_cancelled_sequence_frees_its_row_too():
+    """Callers that cancel make room: the forecast counts their rows, but no more of them than can run."""
+    admission = Admission(EngineConfig(max_running_sequences=4), AdmissionConfig())
+    cancelled, waiting = (admission.admit(request(sequences=8), "a", None, 0.0) for _ in range(2))
+    admission.started(cancelled, 0.0)
+    admission.close(waiting, 2.0)
+    admission.admit(request(sequences=4), "a", None, 2.0)
+    assert admission.expected_wait_s() is None
+    admission.close(cancelled, 2.0)
+    # Four rows in two seconds, and one more must become free.
+    assert admission.expected_wait_s() == pytest.approx(0.5, rel=0.05)
+
+
 def test_idle_time_does_not_slow_the_forecast():
     """The rate of ends is per second of busy time: a night without work changes nothing."""
     rate = EndRate()
     for second in range(10):
         rate.follow(second, busy=True)
-        rate.ended()
+        rate.freed(1)
     rate.follow(10.0, busy=False)
     before = rate.per_s
     rate.follow(10_000.0, busy=True)

@@ -31,10 +31,10 @@ def tokens_of(request: GenerationRequest | ScoreRequest) -> int:
 
 
 class EndRate:
-    """Sequences that end per second of busy time, recent ones counting most."""
+    """Rows that become free per second of busy time, recent ones counting most."""
 
     def __init__(self) -> None:
-        self._ends = 0.0
+        self._freed = 0.0
         self._busy_s = 0.0
         self._at: float | None = None  # up to when time was counted; None while idle
 
@@ -42,18 +42,18 @@ class EndRate:
         """Time has passed; from now on the engine is busy, or not."""
         if self._at is not None:
             keep = math.exp((self._at - now) / MEMORY_S)
-            self._ends *= keep
+            self._freed *= keep
             self._busy_s = self._busy_s * keep + now - self._at
         self._at = now if busy else None
 
-    def ended(self) -> None:
-        """A sequence ended."""
-        self._ends += 1
+    def freed(self, rows: int) -> None:
+        """The sequences in that many rows ended, or were ended."""
+        self._freed += rows
 
     @property
     def per_s(self) -> float | None:
         """The rate; None while too little was seen."""
-        return self._ends / self._busy_s if self._busy_s >= BUSY_TIME_MIN_S and self._ends > 0 else None
+        return self._freed / self._busy_s if self._busy_s >= BUSY_TIME_MIN_S and self._freed > 0 else None
 
 
 @dataclass(eq=False, slots=True)
@@ -133,7 +133,7 @@ class Admission:
         ticket.sequences -= 1
         self._sequences -= 1
         self._rate.follow(now, busy=True)
-        self._rate.ended()
+        self._rate.freed(1)
 
     def close(self, ticket: Ticket, now: float) -> None:
         """The request is over, however it ended."""
@@ -144,8 +144,11 @@ class Admission:
         self._by_caller[ticket.caller] -= 1
         if not self._by_caller[ticket.caller]:
             del self._by_caller[ticket.caller]
+        self._rate.follow(now, busy=True)
         if ticket.is_waiting:
             self._count(ticket, -1)
+        else:
+            self._rate.freed(min(ticket.sequences, self._rows))
         self._rate.follow(now, busy=bool(self._open))
 
     def expected_wait_s(self) -> float | None:
