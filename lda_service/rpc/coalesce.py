@@ -11,7 +11,7 @@ from lda_service.engine.request import SequenceDelta, SequenceFinished
 from lda_service.worker.pending import PendingDelta
 
 if TYPE_CHECKING:
-    from lda_service.engine.request import Role
+    from lda_service.engine.request import Event, Role
 
 
 class EventCoalescer:
@@ -28,15 +28,20 @@ class EventCoalescer:
         # By sequence, with the time since when its first token waits; oldest first.
         self._pending: dict[tuple[Role, int], tuple[PendingDelta, float]] = {}
 
-    def add(self, event: SequenceDelta | SequenceFinished, now: float) -> list[SequenceDelta | SequenceFinished]:
-        """Take an event; the events to send because of it, in order."""
+    def take(self, event: Event | None, now: float) -> list[Event]:
+        """Take an event, or None if none came in time; what to send now, in order."""
+        if self._max_tokens == 1:  # nothing ever waits
+            return [] if event is None else [event]
+        return [*self._add(event, now), *self._due(now)]
+
+    def _add(self, event: Event | None, now: float) -> list[Event]:
+        if isinstance(event, SequenceDelta):
+            return [*self._make_room(event), *self._put(event, now)]
         if isinstance(event, SequenceFinished):
             return [*self._flush((event.role, event.sequence_index)), event]
-        if self._max_tokens == 1:
-            return [event]
-        return [*self._make_room(event), *self._put(event, now)]
+        return [] if event is None else [event]
 
-    def due(self, now: float) -> list[SequenceDelta]:
+    def _due(self, now: float) -> list[SequenceDelta]:
         """What has waited long enough."""
         if self._max_delay_s is None:
             return []

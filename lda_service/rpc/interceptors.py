@@ -1,8 +1,7 @@
 """What happens around every call: its request id, the check of its message, and the shape of its errors.
 
-Knows calls and messages in general; nothing of what a method does. Each interceptor wraps a handler in a real
-coroutine or async generator, since grpc.aio inspects the kind of function. Calls with a request stream (reflection)
-pass through.
+Knows calls and messages in general; nothing of what a method does. A handler is wrapped in a real coroutine or async
+generator, since grpc.aio inspects the kind of function. Calls with a request stream (reflection) pass through.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from abc import abstractmethod
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from abc import ABC, abstractmethod
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -36,12 +35,26 @@ ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 log = logging.getLogger(__name__)
 
 
-class AroundInterceptor(grpc.aio.ServerInterceptor):
-    """Runs every handler with one request message inside the context manager `around`."""
+class Layer(ABC):
+    """Something that happens around every call with one request message."""
+
+    def found(self, handler: Handler | None, method: str) -> Handler | None:
+        """The handler of a method was looked up; None if there is none. Returns the one to use."""
+        return handler
 
     @abstractmethod
     def around(self, request: Any, context: Context) -> AbstractAsyncContextManager[None]:
         """What happens before and after a call."""
+
+
+class LayersInterceptor(grpc.aio.ServerInterceptor):
+    """Runs every handler inside layers, the first outermost.
+
+    One generator for all of them: every message of a stream passes through each generator that there is.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        self._layers = layers
 
     async def intercept_service(
         self,
@@ -50,6 +63,8 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Wrap the handler that was found, if any."""
         handler = await continuation(handler_call_details)
+        for layer in self._layers:
+            handler = layer.found(handler, handler_call_details.method)
         if handler is None or handler.request_streaming:
             return handler
         return self._stream(handler) if handler.response_streaming else self._unary(handler)
@@ -58,7 +73,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
         inner: Any = handler.unary_stream
 
         async def respond(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self.around(request, context), aclosing(inner(request, context)) as responses:
+            async with self._around(request, context), aclosing(inner(request, context)) as responses:
                 async for response in responses:
                     yield response
 
@@ -68,37 +83,42 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
         inner: Any = handler.unary_unary
 
         async def respond(request: Any, context: Context) -> Any:
-            async with self.around(request, context):
+            async with self._around(request, context):
                 return await inner(request, context)
 
         return grpc.unary_unary_rpc_method_handler(respond, handler.request_deserializer, handler.response_serializer)
 
+    @asynccontextmanager
+    async def _around(self, request: Any, context: Context) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for layer in self._layers:
+                await stack.enter_async_context(layer.around(request, context))
+            yield
 
-class RequestIdInterceptor(AroundInterceptor):
-    """Takes the caller's `x-request-id` or makes one, and sends it back at the end of the call."""
+
+class RequestIdInterceptor(grpc.aio.ServerInterceptor):
+    """Takes the caller's `x-request-id` or makes one, for everything that runs in this call."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Set the id for everything that runs in this call, the interceptors after this one included."""
+        """Set the id, for the interceptors after this one too."""
         request_id.set(_caller_id(handler_call_details.invocation_metadata or ()) or f"r-{secrets.token_hex(8)}")
-        return await super().intercept_service(continuation, handler_call_details)
-
-    @asynccontextmanager
-    async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
-        """Send the id at the end."""
-        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id.get()),))
-        yield
+        return await continuation(handler_call_details)
 
 
-class FaultInterceptor(AroundInterceptor):
-    """Turns every exception into a status; the text of an unexpected one stays in the log."""
+class FaultLayer(Layer):
+    """Sends the request id at the end, and turns every exception into a status.
+
+    The text of an unexpected exception stays in the log.
+    """
 
     @asynccontextmanager
     async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
         """Cancellation is not an exception here: it belongs to gRPC and passes."""
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id.get()),))
         try:
             yield
         except grpc.aio.AbortError:
@@ -111,16 +131,11 @@ class FaultInterceptor(AroundInterceptor):
             await abort(context, InternalError("unexpected"), request_id.get())
 
 
-class ValidationInterceptor(AroundInterceptor):
+class ValidationLayer(Layer):
     """Checks the message against the rules of its .proto, and names every field at fault."""
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    def found(self, handler: Handler | None, method: str) -> Handler | None:
         """Bytes that are no message are the caller's fault too; gRPC would call it the server's."""
-        handler = await super().intercept_service(continuation, handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
         return handler._replace(request_deserializer=_lenient(handler.request_deserializer))  # type: ignore[attr-defined, no-any-return]

@@ -28,7 +28,7 @@ from lda_service.errors import (
     WorkerDied,
 )
 from lda_service.rpc.access import caller_of
-from lda_service.rpc.interceptors import AroundInterceptor
+from lda_service.rpc.interceptors import Layer
 from lda_service.rpc.metrics import SCORED, Cause, Metrics
 from lda_service.rpc.tracing import NOT_TRACED, OWN_PREFIX, CallSpan, Tracing, alphas_of, facts_of
 from lda_service.telemetry import set_log_fields
@@ -36,7 +36,7 @@ from lda_service.worker.client import WorkerState
 from lda_service.worker.messages import sequences_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Iterable
     from threading import Thread
     from wsgiref.simple_server import WSGIServer
 
@@ -259,23 +259,18 @@ class GenerationWatch:
         self._span.event(name, generation_id=self._generation_id)
 
 
-class TelemetryInterceptor(AroundInterceptor):
+class TelemetryLayer(Layer):
     """Watches every call with one request message; the names of methods are those that exist."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    def found(self, handler: Handler | None, method: str) -> Handler | None:
         """Remember the method, which a handler is not told."""
-        handler = await super().intercept_service(continuation, handler_call_details)
         if handler is None:
             self._telemetry.metrics.call_ended(UNKNOWN_METHOD, "UNIMPLEMENTED", 0.0)
         else:
-            method_name.set(handler_call_details.method.removeprefix("/"))
+            method_name.set(method.removeprefix("/"))
         return handler
 
     @asynccontextmanager

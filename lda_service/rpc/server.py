@@ -25,8 +25,8 @@ from lda_service.rpc.admin import AdminServicer
 from lda_service.rpc.completions import CompletionServicer
 from lda_service.rpc.generations import Generations
 from lda_service.rpc.health import NOT_SERVING, SERVICE, SERVING, HealthServicer
-from lda_service.rpc.interceptors import FaultInterceptor, RequestIdInterceptor, ValidationInterceptor
-from lda_service.rpc.observation import Telemetry, TelemetryInterceptor
+from lda_service.rpc.interceptors import FaultLayer, LayersInterceptor, RequestIdInterceptor, ValidationLayer
+from lda_service.rpc.observation import Telemetry, TelemetryLayer
 from lda_service.rpc.servicer import LdaServicer
 from lda_service.rpc.tls import server_credentials
 from lda_service.rpc.tracing import Tracing, open_tracing
@@ -97,9 +97,7 @@ class LdaServer:
             interceptors=(
                 RequestIdInterceptor(),
                 *access.interceptors(config.access, self.telemetry.metrics.access_was_refused),
-                FaultInterceptor(),
-                TelemetryInterceptor(self.telemetry),
-                ValidationInterceptor(),
+                LayersInterceptor(FaultLayer(), TelemetryLayer(self.telemetry), ValidationLayer()),
             ),
             options=(
                 *OPTIONS,
@@ -142,7 +140,9 @@ class LdaServer:
         """Health checks on a port of their own: a kubelet can show neither certificate nor token."""
         if self.health_port is None:
             return
-        self._probed = grpc.aio.server(interceptors=(RequestIdInterceptor(), FaultInterceptor()), options=OPTIONS)
+        self._probed = grpc.aio.server(
+            interceptors=(RequestIdInterceptor(), LayersInterceptor(FaultLayer())), options=OPTIONS
+        )
         host = self._config.server.host
         self.health_port = _listen(self._probed, host, self.health_port, setting="HEALTH_PORT")
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)

@@ -2,15 +2,15 @@
 
 Each turns a message into a request of the worker and the worker's events into messages. Knows the order of a stream:
 headers and `started` on admission and not before, so that a refusal can be retried elsewhere; then deltas; then the end
-of every sequence. Raises `LdaError`s; interceptors make statuses of them.
+of every sequence. Raises `LdaError`s; interceptors make statuses of them, and wrap every method in a generator of their
+own, which gRPC asks for.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 from lda_client.gen.lda.v1 import lda_service_pb2_grpc
@@ -23,16 +23,22 @@ from lda_service.rpc.interceptors import request_id
 from lda_service.rpc.status import REQUEST_ID_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     import grpc
 
+    from lda_service.config import EngineConfig
     from lda_service.engine.request import GenerationRequest, ScoreRequest
-    from lda_service.rpc.generations import Generation, Generations
+    from lda_service.rpc.convert import Prompter
+    from lda_service.rpc.generations import Generations
 
     Context = grpc.aio.ServicerContext[Any, Any]
+    Convert = Callable[["_RequestT", str, Prompter, EngineConfig], GenerationRequest]
 
 GENERATION_ID_KEY = "x-generation-id"
+
+_RequestT = TypeVar("_RequestT", pb.GenerateLDARequest, pb.GenerateBothRequest)
+_ResponseT = TypeVar("_ResponseT", pb.GenerateLDAResponse, pb.GenerateBothResponse)
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +49,17 @@ class LdaServicer(lda_service_pb2_grpc.LdaServiceServicer):
     def __init__(self, generations: Generations) -> None:
         self._generations = generations
 
-    async def GenerateLDA(  # noqa: N802
+    def GenerateLDA(  # noqa: N802
         self, request: pb.GenerateLDARequest, context: Context
     ) -> AsyncIterator[pb.GenerateLDAResponse]:
         """Samples from the amplified distribution."""
-        generation = await self._generations.render(convert.generate_lda, request)
-        async with aclosing(self._generate(generation, request.output, context)) as parts:
-            async for part in parts:
-                yield pb.GenerateLDAResponse(**part)
+        return self._generate(convert.generate_lda, request, pb.GenerateLDAResponse, context)
 
-    async def GenerateBoth(  # noqa: N802
+    def GenerateBoth(  # noqa: N802
         self, request: pb.GenerateBothRequest, context: Context
     ) -> AsyncIterator[pb.GenerateBothResponse]:
         """Samples from each model on its own."""
-        generation = await self._generations.render(convert.generate_both, request)
-        async with aclosing(self._generate(generation, request.output, context)) as parts:
-            async for part in parts:
-                yield pb.GenerateBothResponse(**part)
+        return self._generate(convert.generate_both, request, pb.GenerateBothResponse, context)
 
     async def Score(  # noqa: N802
         self, request: pb.ScoreRequest, context: Context
@@ -99,37 +99,28 @@ class LdaServicer(lda_service_pb2_grpc.LdaServiceServicer):
         )
 
     async def _generate(
-        self, request: GenerationRequest, options: pb.OutputOptions, context: Context
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """The grammar of a generation stream: started, deltas, ends; each under the name of the field it fills."""
-        arrived = time.perf_counter()
+        self, convert_request: Convert[_RequestT], message: _RequestT, response: type[_ResponseT], context: Context
+    ) -> AsyncIterator[_ResponseT]:
+        """The grammar of a generation stream: started, deltas as merged as the caller asked, ends.
+
+        One generator from the engine's events to messages: every token passes through each that there is.
+        """
+        request = await self._generations.render(convert_request, message)
+        coalescer, now = _coalescer(message.output), time.perf_counter()
+        arrived = now
         with self._generations.run(request, caller_of(context), context) as generation:
-            async for event in _paced(generation, _coalescer(options)):
-                match event:
-                    case Admitted():
-                        queue_s = time.perf_counter() - arrived
-                        await _send_headers(request, context)
-                        yield {"started": convert.started(request, self._generations.pair(), queue_s)}
-                    case SequenceDelta():
-                        yield {"delta": convert.delta(event)}
-                    case SequenceFinished():
-                        yield {"finished": convert.finished(event, request)}
-
-
-async def _paced(
-    generation: Generation, coalescer: EventCoalescer
-) -> AsyncIterator[Admitted | SequenceDelta | SequenceFinished]:
-    """The events of a generation, with deltas merged as the caller asked."""
-    while not generation.exhausted:
-        event = await generation.next(coalescer.wait_s(time.perf_counter()))
-        now = time.perf_counter()
-        if isinstance(event, Admitted):
-            yield event
-        elif isinstance(event, SequenceDelta | SequenceFinished):
-            for each in coalescer.add(event, now):
-                yield each
-        for each in coalescer.due(now):
-            yield each
+            while not generation.exhausted:
+                event = await generation.next(coalescer.wait_s(now))
+                now = time.perf_counter()
+                for part in coalescer.take(event, now):
+                    match part:
+                        case SequenceDelta():
+                            yield response(delta=convert.delta(part))
+                        case SequenceFinished():
+                            yield response(finished=convert.finished(part, request))
+                        case Admitted():
+                            await _send_headers(request, context)
+                            yield response(started=convert.started(request, self._generations.pair(), now - arrived))
 
 
 def _coalescer(options: pb.OutputOptions) -> EventCoalescer:

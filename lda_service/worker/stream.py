@@ -29,7 +29,11 @@ MERGED_TOKENS_MAX = 256
 
 def weight(tokens: Sequence[TokenRecord]) -> int:
     """What tokens cost in memory, in plain tokens: each alternative that comes with one is about as large."""
-    return sum(1 if token.diagnostics is None else 2 + len(token.diagnostics.candidates) for token in tokens)
+    total = len(tokens)
+    for token in tokens:
+        if token.diagnostics is not None:
+            total += 1 + len(token.diagnostics.candidates)
+    return total
 
 
 class EventStream:
@@ -49,11 +53,14 @@ class EventStream:
         self._release = release  # called once, when the worker owes nothing more or is to stop
         self._sequences_open = sequences_of(request)  # counted down by push
         self._events: deque[Event | PendingDelta] = deque()  # filled by push, emptied by the reader
-        self._tails: dict[tuple[Role, int], PendingDelta] = {}  # of each sequence, what in _events may still grow
+        # Of each sequence, what in _events may still grow; empty while the reader keeps up.
+        self._tails: dict[tuple[Role, int], PendingDelta] = {}
         self._buffered_tokens = 0  # weight of what is in _events
         self._error: LdaError | None = None  # what ended the stream before its time
         self._closed = False  # set once by close
-        self._news = asyncio.Event()  # set when there is something to read or an end to see
+        # Done when there is something to read or an end to see; set by the reader while it waits. One reader and one
+        # future are all there is: a stream waits before every token.
+        self._news: asyncio.Future[None] | None = None
 
     @property
     def settled(self) -> bool:
@@ -81,7 +88,7 @@ class EventStream:
             self._push_delta(event)
         else:
             self._events.append(event)
-        self._news.set()
+        self._wake()
         if self._buffered_tokens > self._max_buffered_tokens:
             self._end_slow_reader()
         elif self.settled:
@@ -91,8 +98,13 @@ class EventStream:
         """Once a reader is behind, new tokens join those of their sequence that wait already."""
         self._buffered_tokens += weight(delta.tokens)
         key = (delta.role, delta.sequence_index)
+        if len(self._events) < EVENTS_BEHIND:
+            if self._tails:
+                self._tails.pop(key, None)  # what comes later must stand behind this
+            self._events.append(delta)
+            return
         tail = self._tails.get(key)
-        if tail is None or len(tail.tokens) >= MERGED_TOKENS_MAX or len(self._events) < EVENTS_BEHIND:
+        if tail is None or len(tail.tokens) >= MERGED_TOKENS_MAX:
             tail = self._tails[key] = PendingDelta(delta)
             self._events.append(tail)
         tail.add(delta)
@@ -101,7 +113,7 @@ class EventStream:
         """End the stream with an error; what was delivered before it may still be read."""
         if not self._closed and self._error is None:
             self._error = error
-            self._news.set()
+            self._wake()
             self._release(self)
 
     def close(self) -> None:
@@ -119,28 +131,36 @@ class EventStream:
         while not self._events:
             if self._error is not None:
                 raise self._error
-            self._news.clear()
             if not await self._wait(timeout_s):
                 return None
         event = self._events.popleft()
-        if not isinstance(event, PendingDelta):
-            return event
-        key = (event.first.role, event.first.sequence_index)
-        if self._tails[key] is event:
-            del self._tails[key]
-        self._buffered_tokens -= weight(event.tokens)
-        return event.merged()
+        if isinstance(event, PendingDelta):
+            key = (event.first.role, event.first.sequence_index)
+            if self._tails.get(key) is event:
+                del self._tails[key]
+            event = event.merged()
+        if isinstance(event, SequenceDelta):
+            self._buffered_tokens -= weight(event.tokens)
+        return event
 
     async def _wait(self, timeout_s: float | None) -> bool:
-        if timeout_s is None:  # the usual case, for every token of every stream: no timer for it
-            await self._news.wait()
-            return True
+        """Whether there is news; False if none came in time."""
+        self._news = asyncio.get_running_loop().create_future()
         try:
+            if timeout_s is None:  # the usual case: no timer for it
+                await self._news
+                return True
             async with asyncio.timeout(timeout_s):
-                await self._news.wait()
+                await self._news
         except TimeoutError:
             return False
+        finally:
+            self._news = None
         return True
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     def _end_slow_reader(self) -> None:
         """Drop what is buffered and stop: the memory of a stalled reader is bounded, whatever it asked for."""
