@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -156,6 +157,9 @@ class LdaServer:
         """
         loading = asyncio.to_thread(self._load_prompter, self._config.pair.model_after_id)
         pair, self.generations.prompter = await asyncio.gather(self.worker.ready(), loading)
+        # What was loaded stays: looking through it for garbage would hold up every stream for tens of milliseconds.
+        gc.collect()
+        gc.freeze()
         self._follow_worker(self.worker.state)
         return pair
 

@@ -115,7 +115,9 @@ class LdaServicer(lda_service_pb2_grpc.LdaServiceServicer):
                 for part in coalescer.take(event, now):
                     match part:
                         case SequenceDelta():
-                            yield response(delta=convert.delta(part))
+                            sent = response()
+                            convert.write_delta(part, sent.delta)
+                            yield sent
                         case SequenceFinished():
                             yield response(finished=convert.finished(part, request))
                         case Admitted():
