@@ -101,6 +101,8 @@ async def test_a_stalled_reader_is_ended_alone():
         neighbour = Client(client.port)
         assert await outcome(neighbour.generate(tokens=26)) == "OK"
         await neighbour.engine_cancelled(generation_id)
+        load = await neighbour.load()
+        assert load.open_requests == 0, "its place is free, though its handler is stuck in a write"
         await neighbour.channel.close()
         ended = await failure(stalled)
         assert (ended.code, ended.reason) == ("RESOURCE_EXHAUSTED", "SLOW_CONSUMER")

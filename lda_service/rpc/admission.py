@@ -129,7 +129,9 @@ class Admission:
         self._rate.follow(now, busy=True)
 
     def ended(self, ticket: Ticket, now: float) -> None:
-        """One of its sequences ended by itself."""
+        """One of its sequences ended by itself; read late, it may be of a request that is over."""
+        if ticket not in self._open:
+            return
         ticket.sequences -= 1
         self._sequences -= 1
         self._rate.follow(now, busy=True)

@@ -116,8 +116,13 @@ class Generations:
         ticket = self.admission.admit(request, caller, context.time_remaining(), now)
         outcome = "cancelled"
         set_log_fields(generation_id=request.request_id, caller=caller)
+
+        def give_up_place() -> None:
+            # The handler of a reader that has stopped is stuck in a write, and its place would stay taken.
+            self.admission.close(ticket, time.perf_counter())
+
         try:
-            with self._worker.stream(request) as stream:
+            with self._worker.stream(request, give_up_place) as stream:
                 watch = self._telemetry.submitted(request, self.pair().after.model_id, now)
                 generation = Generation(request, ticket, stream, now, self.admission, watch)
                 self.open[request.request_id] = generation
@@ -133,7 +138,7 @@ class Generations:
             raise
         finally:
             self.open.pop(request.request_id, None)
-            self.admission.close(ticket, time.perf_counter())
+            give_up_place()
             log.info("generation %s %s after %.3f s", request.request_id, outcome, time.perf_counter() - now)
 
     def abort(self, generation_id: str) -> None:

@@ -207,15 +207,21 @@ class WorkerClient:
         assert self._first_start is not None, "start() comes first"
         return await asyncio.shield(self._first_start)
 
-    def stream(self, request: GenerationRequest | ScoreRequest) -> EventStream:
+    def stream(
+        self, request: GenerationRequest | ScoreRequest, on_failure: Callable[[], None] = lambda: None
+    ) -> EventStream:
         """Submit a request and return its events. Leaving the stream's `with` cancels what is left of it.
+
+        Args:
+            request: what to do.
+            on_failure: called on the loop when the stream fails, even if nobody reads it.
 
         Raises:
             Loading: no worker is ready.
         """
         if self._state is not WorkerState.READY:
             raise Loading("The models are being loaded; try again shortly.", retry_after_s=1.0)
-        stream = EventStream(request, self._config.server.max_buffered_tokens, self._release)
+        stream = EventStream(request, self._config.server.max_buffered_tokens, self._release, on_failure)
         self._streams[request.request_id] = stream
         self._send(Submit(request))
         return stream

@@ -47,10 +47,12 @@ class EventStream:
         request: GenerationRequest | ScoreRequest,
         max_buffered_tokens: int,
         release: Callable[[EventStream], None],
+        on_failure: Callable[[], None],
     ) -> None:
         self.request_id = request.request_id
         self._max_buffered_tokens = max_buffered_tokens
         self._release = release  # called once, when the worker owes nothing more or is to stop
+        self._on_failure = on_failure  # called at once when the stream fails, whether or not anybody reads
         self._sequences_open = sequences_of(request)  # counted down by push
         self._events: deque[Event | PendingDelta] = deque()  # filled by push, emptied by the reader
         # Of each sequence, what in _events may still grow; empty while the reader keeps up.
@@ -115,6 +117,7 @@ class EventStream:
             self._error = error
             self._wake()
             self._release(self)
+            self._on_failure()
 
     def close(self) -> None:
         """Nobody reads any more: the worker is told to stop, if it has not. May be called twice."""

@@ -22,10 +22,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 from lda_client.gen.lda.v1 import lda_service_pb2_grpc
-from live_server import TESTS, serving
+from live_server import TESTS, resident_bytes, serving
 
 CHANNELS = 4
 TICKS_PER_S = 30
+STALLED_SEQUENCES = 64  # in one call: more tokens than gRPC and the server together would hold
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Figures:
     cores: float
     health_p99_ms: float
     out_of_order: int
+    stalled_bytes: int  # memory that the server took for readers that stopped
 
     def __str__(self) -> str:
         return (
@@ -46,10 +48,12 @@ class Figures:
         )
 
 
-async def measure(streams: int, seconds: float) -> Figures:
-    """Raises AssertionError if a token is lost."""
+async def measure(streams: int, seconds: float, stalled: int = 0) -> Figures:
+    """Streams beside some readers that never read. Raises AssertionError if a token is lost."""
+    rows = streams + stalled * STALLED_SEQUENCES
     with tempfile.TemporaryDirectory() as folder:
-        async with serving(folder, command=(str(TESTS / "server_harness.py"), "--rows", str(streams))) as live:
+        async with serving(folder, command=(str(TESTS / "server_harness.py"), "--rows", str(rows))) as live:
+            stopped, stalled_bytes = await _stall(live, stalled)
             channels = [grpc.aio.insecure_channel(live.target, options=(("channel", i),)) for i in range(CHANNELS)]
             new = int(seconds * TICKS_PER_S)
             readers = [_read(channels[i % CHANNELS], new) for i in range(streams)]
@@ -60,7 +64,7 @@ async def measure(streams: int, seconds: float) -> Figures:
             cores = (_cpu_s(live.process.pid) - before) / (time.perf_counter() - began)
             probing.cancel()
             health_ms = sorted((await asyncio.gather(probing, return_exceptions=True))[0] or [0.0])
-            for channel in channels:
+            for channel in (*channels, *stopped):
                 await channel.close()
     delays = sorted(delay for _, part in streams_read for delay in part)
     assert len(delays) == streams * new, "tokens were lost"
@@ -71,6 +75,7 @@ async def measure(streams: int, seconds: float) -> Figures:
         cores,
         health_ms[int(0.99 * len(health_ms))],
         sum(disorder for disorder, _ in streams_read),
+        stalled_bytes,
     )
 
 
@@ -86,6 +91,22 @@ async def _read(channel, new: int) -> tuple[int, list[float]]:
             times += stamps
             delays += [(now - stamp) / 1e6 for stamp in stamps]
     return sum(a > b for a, b in pairwise(times)), delays
+
+
+async def _stall(live, count: int) -> tuple[list, int]:
+    """Open streams that nobody reads, until the server has ended them; their channels, and its memory for them."""
+    before, channels, calls = resident_bytes(live.process.pid), [], []
+    for index in range(count):
+        channels.append(grpc.aio.insecure_channel(live.target, options=(("stalled", index),)))
+        request = pb.GenerateLDARequest(prompt=pb.Prompt(text="hi"), num_sequences=STALLED_SEQUENCES)
+        request.stopping.max_new_tokens = 4096
+        calls.append(lda_service_pb2_grpc.LdaServiceStub(channels[-1]).GenerateLDA(request))
+        await calls[-1].read()
+    if channels:
+        stub = lda_service_pb2_grpc.LdaServiceStub(channels[0])
+        while (await stub.GetLoad(pb.GetLoadRequest(), timeout=30)).open_requests:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    return channels, resident_bytes(live.process.pid) - before
 
 
 async def _probe(channel) -> list[float]:
