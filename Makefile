@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo serve test test-mesh fuzz soak lint breaking generate train-demo bench bench-peers clean
+.PHONY: help install demo serve test test-mesh fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -76,6 +76,9 @@ fuzz: $(DEV) ## Send 100,000 bad requests to a server; flags in ARGS
 
 soak: $(DEV) ## Load a server for 30 minutes with cancels, deadlines and kills; flags in ARGS
 	$(BIN)/python tests/reliability/soak.py $(ARGS)
+
+acceptance: $(DEV) ## Measure what one server must keep, in two minutes; flags in ARGS
+	$(BIN)/python tests/reliability/acceptance.py $(ARGS)
 
 bench: $(BENCH) ## Measure the engine and its peers on this machine, in an hour or more; flags in ARGS
 	$(BIN)/python -m benchmarks $(ARGS)
