@@ -67,7 +67,8 @@ export class Call<E> {
   async *#attempts(): AsyncGenerator<E, void, undefined> {
     for (let failures = 0; ; failures++) {
       try {
-        yield* this.#once();
+        this.#checkOpen();
+        yield* this.#attempt(this.#connectOptions());
         return;
       } catch (thrown) {
         const error = this.#errorFrom(thrown);
@@ -78,19 +79,14 @@ export class Call<E> {
     }
   }
 
-  async *#once(): AsyncGenerator<E, void, undefined> {
-    this.#checkOpen();
-    for await (const message of this.#attempt(this.#connectOptions())) {
-      this.#answered = true;
-      yield message;
-    }
-  }
-
   #connectOptions(): ConnectCallOptions {
     const leftMs = Math.ceil(this.#deadline - Date.now());
     return {
       headers: this.#context.headers,
       signal: this.#leave.signal,
+      onHeader: () => {
+        this.#answered = true;
+      },
       ...(this.#deadline < Infinity && { timeoutMs: Math.max(leftMs, 1) }),
     };
   }

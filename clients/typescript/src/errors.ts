@@ -70,6 +70,7 @@ export class LdaClientError extends Error {
 
   constructor(message: string, facts: ErrorFacts = {}) {
     super(message, { cause: facts.cause });
+    this.name = new.target.name;
     this.code = facts.code;
     this.reason = facts.reason;
     this.metadata = facts.metadata ?? {};
@@ -214,7 +215,8 @@ function connectionLost(error: ConnectError): boolean {
 function awayMessage(cause: string, target: string, answered: boolean): string {
   if (answered) return `The connection to ${target} was lost before the answer was complete (${cause}).`;
   return (
-    `No LDA server answers at ${target} (${cause}): ` + "start one with `lda-service serve`, or give another target."
+    `No LDA server answers at ${target} (${cause.trim()}): ` +
+    "start one with `lda-service serve`, or give another target."
   );
 }
 

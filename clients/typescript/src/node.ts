@@ -1,9 +1,17 @@
 /** `connectNode`: a client over gRPC, for Node. */
+import { Code, ConnectError, decodeBinaryHeader } from "@connectrpc/connect";
 import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-node";
-import type { SecureClientSessionOptions } from "node:http2";
+import type {
+  ClientHttp2Stream,
+  IncomingHttpHeaders,
+  OutgoingHttpHeaders,
+  SecureClientSessionOptions,
+} from "node:http2";
 import { type ClientOptions, LdaClient } from "./client.js";
+import { StatusSchema } from "./gen/google/rpc/status_pb.js";
 
 const MESSAGE_BYTES_MAX = 20 << 20;
+const DETAILS_KEY = "grpc-status-details-bin";
 /** Pings while a call is open, so that a dead peer is noticed during a long silent prefill. */
 const KEEPALIVE = { pingIntervalMs: 30_000, pingTimeoutMs: 10_000, pingIdleConnection: false };
 
@@ -27,14 +35,36 @@ export interface NodeOptions extends ClientOptions {
 /** Make a client of the server at `target`, which is `host:port`. It connects at the first call. */
 export function connectNode(target: string, options: NodeOptions = {}): LdaClient {
   const baseUrl = baseUrlOf(target, options.tls !== undefined);
-  const sessionManager = new Http2SessionManager(baseUrl, KEEPALIVE, options.tls && sessionOptions(options.tls));
+  const sessionManager = new Sessions(baseUrl, KEEPALIVE, options.tls && sessionOptions(options.tls));
   const transport = createGrpcTransport({
     baseUrl,
     sessionManager,
     readMaxBytes: MESSAGE_BYTES_MAX,
     writeMaxBytes: MESSAGE_BYTES_MAX,
   });
-  return new LdaClient({ transport, target, close: () => sessionManager.abort() }, options);
+  const close = () => sessionManager.abort(new ConnectError("The client was closed.", Code.Canceled));
+  return new LdaClient({ transport, target, close }, options);
+}
+
+/** Connections that drop the details of a status if they cannot be read: connect-es would lose the status with them. */
+class Sessions extends Http2SessionManager {
+  override async request(
+    method: string,
+    path: string,
+    headers: OutgoingHttpHeaders,
+    options: object,
+  ): Promise<ClientHttp2Stream> {
+    const stream = await super.request(method, path, headers, options);
+    return stream.on("response", dropUnreadableDetails).on("trailers", dropUnreadableDetails);
+  }
+}
+
+function dropUnreadableDetails(headers: IncomingHttpHeaders): void {
+  try {
+    decodeBinaryHeader(String(headers[DETAILS_KEY] ?? ""), StatusSchema);
+  } catch {
+    delete headers[DETAILS_KEY];
+  }
 }
 
 function baseUrlOf(target: string, secure: boolean): string {
