@@ -10,22 +10,36 @@ from functools import partial
 from pathlib import Path
 
 import click
-import grpc
 import lda_client
 import pytest
 from click.testing import CliRunner
 from lda_client import pb
 from lda_client._cli import lda
 from lda_client._cli.both import print_columns
-from scripted_server import HOLD, Fail, compared_token, delta, finished, free_target, scripted_server, started
+from lda_client.testing import HOLD, FakeServer, delta, finished, started, token
 
 CLIENT_FOLDER = Path(lda_client.__file__).parents[1]
 
 
+COMPARED = token(
+    " yes",
+    before=-2.0,
+    amplified_logprob=-0.5,
+    after_rank=1,
+    before_rank=2,
+    amplified_rank=1,
+    after_before_kl=0.25,
+    novel_mass=0.125,
+    critical_alpha=3.5,
+    critical_token_id=9,
+    critical_piece=b"no",
+)
+
+
 @pytest.fixture
 def server():
-    """A server that plays scripts."""
-    with scripted_server() as running:
+    """A server that answers as it is told."""
+    with FakeServer(["Hel", "lo"]) as running:
         yield running
 
 
@@ -39,8 +53,8 @@ def test_generate_prints_the_text_alone(server, run):
     """One sequence: its text on stdout, how to repeat it on stderr."""
     result = run(["generate", "Hi", "--alpha", "-1"])
     assert (result.exit_code, result.stdout) == (0, "Hello\n")
-    assert result.stderr == "generation g-1, seed 7, alpha 1.5, 2 tokens, EOS\n"
-    request = server.last(pb.GenerateLDARequest)
+    assert result.stderr == "generation fake, seed 7, alpha -1, 2 tokens, EOS\n"
+    request = server.requests[-1]
     assert request == pb.GenerateLDARequest(
         alpha=-1, prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")]))
     )
@@ -48,7 +62,7 @@ def test_generate_prints_the_text_alone(server, run):
 
 def test_generate_several(server, run):
     """Several sequences: each whole under its own header, in the order in which they finish."""
-    server.script = [started(), delta("a"), delta("b", index=1), finished(1), delta("c"), finished()]
+    server.answer = [started(), delta("a"), delta("b", index=1), finished(1), delta("c"), finished()]
     result = run(["generate", "Hi", "--raw", "-n", "2"])
     assert result.stdout.splitlines() == [
         "=== amplified 1: 1 token, EOS ===",
@@ -70,20 +84,18 @@ def test_generate_json(run):
 
 def test_generate_diagnostics(server, run):
     """`--diagnostics` prints a table with one row per token; spaces and half characters show."""
-    half = compared_token("")
-    half.piece = b"\xf0\x9f"
-    server.script = [started(), delta(" yes", tokens=[compared_token(" yes"), half]), finished()]
+    server.answer = [COMPARED, token(b"\xf0\x9f")]
     result = run(["generate", "Hi", "--raw", "--diagnostics"])
     row = next(line for line in result.stdout.splitlines() if "' yes'" in line)
     assert row.split()[2:] == ["-1.000", "-2.000", "-0.500", "+1.000", "1/2/1", "0.250", "0.125", "3.500", "'no'"]
     assert r"'\xf0\x9f'" in result.stdout
-    assert server.last(pb.GenerateLDARequest).output.diagnostics
+    assert server.requests[-1].output.diagnostics
 
 
 def test_stdin(server, run):
     """`-` reads the prompt from stdin, without its last line break; only one argument can be `-`."""
     run(["generate", "-", "--raw"], input="two\nlines\n")
-    assert server.last(pb.GenerateLDARequest).prompt.text == "two\nlines"
+    assert server.requests[-1].prompt.text == "two\nlines"
     result = run(["score", "-", "-"], input="x")
     assert result.exit_code == 2
 
@@ -91,9 +103,9 @@ def test_stdin(server, run):
 def test_prompt_json(server, run):
     """`--prompt-json` takes a conversation or token ids; what is no JSON is wrong usage."""
     run(["generate", '[{"role": "user", "content": "Hi"}]', "--prompt-json"])
-    assert server.last(pb.GenerateLDARequest).prompt.chat.messages[0].content == "Hi"
+    assert server.requests[-1].prompt.chat.messages[0].content == "Hi"
     run(["generate", "[1, 2]", "--prompt-json"])
-    assert list(server.last(pb.GenerateLDARequest).prompt.tokens.ids) == [1, 2]
+    assert list(server.requests[-1].prompt.tokens.ids) == [1, 2]
     for prompt in ("[1,", "7"):
         assert run(["generate", prompt, "--prompt-json"]).exit_code == 2
 
@@ -106,7 +118,7 @@ def test_every_option_reaches_its_field(server, run):
         "--diagnostics --top-candidates 2 --max-tokens-per-event 8 --max-event-delay 0.25 --score-alphas=-1,0.5"
     )
     run(["generate", "Hi", "--raw", *options.split()])
-    assert server.last(pb.GenerateLDARequest) == pb.GenerateLDARequest(
+    assert server.requests[-1] == pb.GenerateLDARequest(
         prompt=pb.Prompt(text="Hi"),
         alpha=2,
         num_sequences=3,
@@ -141,7 +153,7 @@ BOTH = [
 
 def test_both(server, run):
     """In a pipe, the texts of both models come under headers; with `--json`, as events."""
-    server.script = BOTH
+    server.answer = BOTH
     result = run(["both", "Hi"])
     assert result.stdout.splitlines() == [
         "=== before 0: 1 token, EOS ===",
@@ -154,7 +166,7 @@ def test_both(server, run):
 
 def test_both_side_by_side(server, capsys):
     """On a terminal, the texts of both models stand side by side."""
-    server.script = BOTH
+    server.answer = BOTH
     with lda_client.LdaClient(server.target) as client:
         print_columns(client.generate_both("Hi", raw=True))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -164,35 +176,29 @@ def test_both_side_by_side(server, capsys):
 
 def test_score(server, run):
     """`score` prints a row per token and the totals."""
-    server.script = [
-        {
-            "tokens": [compared_token(" Pa"), compared_token("ris")],
-            "total_token_count": 2,
-            "alpha_scores": [pb.AlphaScore(alpha=0.1, logprob=-1.5)],
-        }
-    ]
+    server.answer = [token(" Pa", before=-2), token("ris", before=-2)]
     result = run(["score", "The capital is", " Paris", "--raw", "--score-alphas", "0.1", "--alpha", "3"])
     assert "'ris'" in result.stdout
     for total in (
         r"log p after +-2\.000",
         r"log p before +-4\.000",
         r"difference +\+2\.000",
-        r"log q\(0\.1\) +-1\.500",
+        r"log q\(0\.1\) +-2\.000",
     ):
         assert re.search(total, result.stdout)
-    request = server.last(pb.ScoreRequest)
+    request = server.requests[-1]
     assert (request.prompt.text, request.continuation.text, request.alpha) == ("The capital is", " Paris", 3)
-    assert json.loads(run(["score", "a", "b", "--json"]).stdout)["total_token_count"] == 2
+    assert json.loads(run(["score", "a", "b", "--json"]).stdout.splitlines()[1])["offset"] == 1
 
 
 def test_compat(server, run):
     """`compat` reports, and its exit code is the verdict."""
-    server.compat.verdict = "Every id means the same in both."
+    server.tokenizer_compat.verdict = "Every id means the same in both."
     result = run(["compat"])
     assert result.exit_code == 0
     assert "Every id means the same in both." in result.stdout
-    server.compat.compatible = False
-    server.compat.conflicts.add(piece=b"\xf0x", after_id=3)
+    server.tokenizer_compat.compatible = False
+    server.tokenizer_compat.conflicts.add(piece=b"\xf0x", after_id=3)
     result = run(["compat"])
     assert result.exit_code == 1
     assert r"'\xf0x'" in result.stdout
@@ -202,9 +208,9 @@ def test_compat(server, run):
 
 def test_info(server, run):
     """`info` shows the models, the limits and the defaults, each by the contract's name."""
-    server.pair.after.model_id = "org/tuned"
-    server.pair.limits.max_new_tokens = 4096
-    server.pair.defaults.sampling.temperature = 0.7
+    server.model_pair.after.model_id = "org/tuned"
+    server.model_pair.limits.max_new_tokens = 4096
+    server.model_pair.defaults.sampling.temperature = 0.7
     result = run(["info"])
     assert "org/tuned" in result.stdout
     assert re.search(r"limit max_new_tokens +4,096", result.stdout)
@@ -214,7 +220,8 @@ def test_info(server, run):
 
 def test_server_away():
     """A server that is away: one sentence with the address and the remedy on stderr, exit 1."""
-    target = free_target()
+    with FakeServer() as gone:
+        target = gone.target
     result = CliRunner().invoke(lda, ["info", "--target", target])
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"Error: No LDA server answers at {target}")
@@ -225,22 +232,19 @@ def test_server_away():
 @pytest.mark.parametrize(
     ("failure", "told"),
     [
-        (Fail(grpc.StatusCode.INVALID_ARGUMENT, "Bad.", violations=(("alpha", "finite"),)), "Bad.; alpha: finite"),
         (
-            Fail(grpc.StatusCode.INVALID_ARGUMENT, "Too long.", "CONTEXT_EXCEEDED"),
-            "Too long. `lda info` shows the limits.",
+            lda_client.ValidationFailed("Bad.", violations=[lda_client.Violation("alpha", "finite")]),
+            "Bad.; alpha: finite",
         ),
-        (Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "Full.", "QUEUE_FULL", retry_after_s=2), "Full. Try again in 2 s."),
-        (Fail(grpc.StatusCode.INTERNAL, "Oops.", "INTERNAL", {"request_id": "r-1"}), "Oops. Request id: r-1."),
-        (
-            Fail(grpc.StatusCode.FAILED_PRECONDITION, "None.", "NO_CHAT_TEMPLATE"),
-            "None. Use --raw with a plain prompt.",
-        ),
+        (lda_client.ContextExceeded("Too long."), "Too long. `lda info` shows the limits."),
+        (lda_client.QueueFull("Full.", retry_after_s=2), "Full. Try again in 2 s."),
+        (lda_client.InternalServerError("Oops.", metadata={"request_id": "r-1"}), "Oops. Request id: r-1."),
+        (lda_client.NoChatTemplate("None."), "None. Use --raw with a plain prompt."),
     ],
 )
 def test_refusals(server, run, failure, told):
     """What the server says, and what to do about it, in one line; exit 1."""
-    server.script = [failure]
+    server.answer = failure
     result = run(["generate", "Hi"])
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"Error: {told}\n")
 
@@ -260,12 +264,12 @@ def test_refusals(server, run, failure, told):
 def test_wrong_usage(server, run, arguments):
     """Wrong usage exits with 2 and asks the server for no answer."""
     assert run(arguments).exit_code == 2
-    assert not server.sent
+    assert not server.calls
 
 
 def test_timeout(server, run):
     """`--timeout` is the deadline of the call."""
-    server.script = [started(), HOLD]
+    server.answer = [started(), HOLD]
     result = run(["generate", "Hi", "--timeout", "0.2"])
     assert result.exit_code == 1
     assert "--time-budget" in result.stderr
@@ -279,7 +283,7 @@ def command_environment(**extra):
 
 def test_interrupt(server):
     """Ctrl-C cancels the call on the server, says nothing more, and exits with 130."""
-    server.script = [started(), delta("a"), HOLD]
+    server.answer = [started(), delta("a"), HOLD]
     command = [sys.executable, "-m", "lda_client.cli", "generate", "Hi"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=command_environment(LDA_TARGET=server.target), **pipes) as process:
@@ -292,7 +296,7 @@ def test_interrupt(server):
 
 def test_a_reader_that_leaves(server):
     """`lda generate | head` ends quietly and cancels the call."""
-    server.script = [started(), *[delta("a" * 10_000)] * 100, HOLD]
+    server.answer = [started(), *[delta("a" * 10_000)] * 100, HOLD]
     command = [sys.executable, "-m", "lda_client.cli", "generate", "Hi"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=command_environment(LDA_TARGET=server.target), **pipes) as process:
@@ -337,13 +341,6 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (CLIENT_FOLDER / "README.md").read
 @pytest.mark.parametrize("source", EXAMPLES)
 def test_readme_examples(server, monkeypatch, source):
     """Every example of the README runs as it stands."""
-    if "generate_both" in source:
-        server.script = BOTH
-    elif "score(" in source:
-        scores = [pb.AlphaScore(alpha=alpha) for alpha in (-1, 0, 1, 2)]
-        server.script = [{"tokens": [compared_token("a")], "total_token_count": 1, "alpha_scores": scores}]
-    elif "num_sequences=2" in source:
-        server.script = [started(), delta("a"), finished(), delta("b", index=1), finished(1)]
     for name in ("LdaClient", "AsyncLdaClient"):
         kind = getattr(lda_client, name)
         monkeypatch.setattr(lda_client, name, lambda *_, kind=kind: kind(server.target))

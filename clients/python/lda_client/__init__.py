@@ -9,7 +9,7 @@
 `AsyncLdaClient` has the same verbs for asyncio. `pb` holds the messages of the contract.
 """
 
-from lda_client._channel import DEFAULT_TARGET, Timeout
+from lda_client._channel import DEFAULT_TARGET, Timeout, Tls
 from lda_client._client import LdaClient
 from lda_client._client_async import AsyncLdaClient
 from lda_client._errors import (
@@ -86,6 +86,7 @@ __all__ = [
     "StreamBroken",
     "TextPiece",
     "Timeout",
+    "Tls",
     "TokenIds",
     "TokenizersIncompatible",
     "Unauthenticated",

@@ -8,12 +8,17 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, TypeVar
+
+import grpc
 
 from lda_client._version import __version__
 
 if TYPE_CHECKING:
-    import grpc
+    from collections.abc import Callable
+
+ChannelT = TypeVar("ChannelT")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MESSAGE_BYTES_MAX = 20 << 20
@@ -76,6 +81,39 @@ class Timeout:
                 raise ValueError(f"Timeout.{name} is {value}; give a positive number of seconds, or None.")
 
 
+@dataclass(frozen=True)
+class Tls:
+    """TLS with the server. Each file is PEM: its path, or its content as bytes.
+
+        Tls()                                           trust the authorities of this machine
+        Tls(ca="ca.pem")                                trust these
+        Tls("ca.pem", certificate="me.pem", key="me.key")   and show who we are
+
+    Attributes:
+        ca: authorities to trust; None trusts those of this machine.
+        certificate: ours, for a server that asks for one.
+        key: the private key of our certificate.
+        server_name: the name that the certificate of the server carries, where it is not that of the target.
+    """
+
+    ca: str | Path | bytes | None = None
+    certificate: str | Path | bytes | None = field(default=None, repr=False)
+    key: str | Path | bytes | None = field(default=None, repr=False)
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("Tls: certificate and key go together.")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """What gRPC takes. Raises OSError for a file that cannot be read."""
+        return grpc.ssl_channel_credentials(_pem(self.ca), _pem(self.key), _pem(self.certificate))
+
+
+def _pem(source: str | Path | bytes | None) -> bytes | None:
+    return source if source is None or isinstance(source, bytes) else Path(source).read_bytes()
+
+
 class CallOptions(TypedDict):
     """The keyword arguments of a gRPC call that both clients pass."""
 
@@ -88,9 +126,20 @@ class Connection:
     """Everything a client was told about how to reach the server. The token is left out of its repr."""
 
     target: str = DEFAULT_TARGET
-    credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+    credentials: Tls | grpc.ChannelCredentials | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
     timeout: Timeout = Timeout()
+
+    def open(self, secure: Callable[..., ChannelT], insecure: Callable[..., ChannelT]) -> ChannelT:
+        """A channel, made by the functions of grpc or of grpc.aio."""
+        credentials, options = self.credentials, CHANNEL_OPTIONS
+        if credentials is None:
+            return insecure(self.target, options=options)
+        if isinstance(credentials, Tls):
+            if credentials.server_name:
+                options = (*options, ("grpc.ssl_target_name_override", credentials.server_name))
+            credentials = credentials.credentials()
+        return secure(self.target, credentials, options=options)
 
     def stream_options(self, timeout_s: float | None) -> CallOptions:
         """Deadline and metadata of a streaming call."""

@@ -1,20 +1,24 @@
 """The grammar of the streams, and what a whole stream adds up to.
 
-    generate        started (delta)* finished{n}, then OK
+    generate        started (delta)* finished{started.sequence_count}, then OK
     score           blocks that follow on one another up to the announced total, then OK
 
 Knows events only: nothing of calls, channels, asyncio or errors of the wire. A stream that breaks the grammar raises
-`StreamBroken`; an event of a kind that only a newer contract knows passes.
+`StreamBroken`. An event of a kind that only a newer contract knows is none of ours, see `is_known`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar, overload
 
 from lda_client._errors import StreamBroken
+from lda_client._html import completion_html, completions_html, scored_html
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 GenerateEvent: TypeAlias = "pb.GenerateLDAResponse | pb.GenerateBothResponse"
 GenerateEventT = TypeVar("GenerateEventT", pb.GenerateLDAResponse, pb.GenerateBothResponse)
@@ -65,6 +69,10 @@ class Completion:
         """The role in words of the contract: `AFTER`, `BEFORE` or `AMPLIFIED`."""
         return role_name(self.role)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the text, its tokens tinted by how far the two models are apart if there are diagnostics."""
+        return completion_html(self)
+
 
 @dataclass(frozen=True)
 class Completions(Sequence[Completion]):
@@ -73,10 +81,12 @@ class Completions(Sequence[Completion]):
     Attributes:
         started: the first event: generation id, seed and alpha in force, prompt length.
         items: the completions.
+        as_finished: the same in the order in which they finished.
     """
 
     started: pb.Started
     items: tuple[Completion, ...]
+    as_finished: tuple[Completion, ...] = field(repr=False)
 
     @overload
     def __getitem__(self, index: int) -> Completion: ...
@@ -91,6 +101,10 @@ class Completions(Sequence[Completion]):
     def of_role(self, role: pb.ModelRole.ValueType) -> list[Completion]:
         """The completions one model drew, such as `pb.MODEL_ROLE_BEFORE`, by index."""
         return [item for item in self.items if item.role == role]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: every completion as it shows itself."""
+        return completions_html(self)
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,10 @@ class ScoredText:
     def amplified_logprob(self) -> float:
         """Log-probability of the whole continuation under the amplified distribution, in nats."""
         return sum(token.diagnostics.amplified_logprob for token in self.tokens)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the tokens, tinted by how far the two models are apart."""
+        return scored_html(self)
 
 
 class Reader(Protocol[EventT_contra, ResultT_co]):
@@ -149,15 +167,22 @@ class _Sequence:
 
 
 class GenerateReader:
-    """`started (delta)* finished{n}`, for the number of sequences that were asked for; they may come interleaved."""
+    """`started (delta)* finished{n}`; sequences may come interleaved.
+
+    Args:
+        sequences: how many were asked for; it counts where the server does not announce how many will come.
+        score_alphas: the alphas asked for, as the caller wrote them.
+    """
 
     def __init__(self, sequences: int, score_alphas: Sequence[float] = ()) -> None:
         self.started: pb.Started | None = None
         self.begun = False
         self._expected = sequences
         self.score_alphas = tuple(score_alphas)
+        self._running: set[_Key] = set()
         self._finished: set[_Key] = set()
         self._gathered: dict[_Key, _Sequence] = {}
+        self._order: list[_Key] = []
 
     def observe(self, event: GenerateEvent) -> None:
         """Check one event against the grammar. Raises StreamBroken."""
@@ -165,11 +190,15 @@ class GenerateReader:
             case "started":
                 _check(self.started is None, "it sent `started` twice")
                 self.started = event.started
+                self._expected = event.started.sequence_count or self._expected
             case "delta":
                 self._check_running(event.delta)
+                self._running.add(_key(event.delta))
             case "finished":
                 self._check_running(event.finished)
+                self._running.discard(_key(event.finished))
                 self._finished.add(_key(event.finished))
+                _check(len(self._finished) <= self._expected, f"more than {self._expected} sequences finished")
 
     def _check_running(self, event: pb.TokenDelta | pb.Finished) -> None:
         self.begun = True
@@ -180,8 +209,8 @@ class GenerateReader:
         """Check that every sequence has finished. Raises StreamBroken."""
         _check(self.started is not None, "it ended before `started`")
         finished = len(self._finished)
-        _check(finished >= self._expected, f"it ended when {finished} of {self._expected} sequences had finished")
-        _check(self._finished >= self._gathered.keys(), "it ended before every sequence had finished")
+        _check(finished == self._expected, f"it ended when {finished} of {self._expected} sequences had finished")
+        _check(not self._running, "it ended before every sequence had finished")
 
     def add(self, event: GenerateEvent) -> None:
         """Keep what this event brings to its sequence."""
@@ -192,11 +221,13 @@ class GenerateReader:
                 sequence.tokens.extend(event.delta.tokens)
             case "finished":
                 self._gathered.setdefault(_key(event.finished), _Sequence()).finished = event.finished
+                self._order.append(_key(event.finished))
 
     def result(self) -> Completions:
         """Every sequence whole."""
-        ends = [self._gathered[key].finished for key in sorted(self._gathered)]
-        return Completions(self.started or pb.Started(), tuple(map(self.completion, ends)))
+        whole = {key: self.completion(self._gathered[key].finished) for key in self._order}
+        in_order = tuple(whole[key] for key in sorted(whole))
+        return Completions(self.started or pb.Started(), in_order, tuple(whole.values()))
 
     def completion(self, finished: pb.Finished) -> Completion:
         """The sequence that ended with this event, which was added."""
@@ -244,6 +275,11 @@ class ScoreReader:
         tokens = [token for block in self._blocks for token in block.tokens]
         scores = [score for block in self._blocks for score in block.alpha_scores]
         return ScoredText(tokens, alpha_scores(scores, self._score_alphas))
+
+
+def is_known(event: Message) -> bool:
+    """Whether this client knows anything of what the event brings; a newer server may send what it does not."""
+    return bool(event.ListFields())
 
 
 def _key(event: pb.TokenDelta | pb.Finished) -> _Key:

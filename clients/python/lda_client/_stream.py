@@ -16,9 +16,10 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from lda_client._errors import LdaClientError, StreamBroken, error_from_rpc
 from lda_client._gather import (
@@ -28,6 +29,7 @@ from lda_client._gather import (
     Reader,
     ScoredText,
     TextPiece,
+    is_known,
     text_piece,
 )
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
@@ -35,7 +37,10 @@ from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 if TYPE_CHECKING:
     from types import TracebackType
 
-EventT = TypeVar("EventT")
+    from lda_client._plans import Plan
+
+Request: TypeAlias = "pb.GenerateLDARequest | pb.GenerateBothRequest | pb.ScoreRequest"
+EventT = TypeVar("EventT", bound=Message)
 EventT_co = TypeVar("EventT_co", covariant=True)
 ResultT = TypeVar("ResultT")
 
@@ -58,20 +63,39 @@ class AsyncCall(Protocol[EventT_co]):
 class _Stream(Generic[EventT, ResultT]):
     """What both kinds of stream share: the grammar, and how they end."""
 
-    def __init__(self, reader: Reader[EventT, ResultT], target: str) -> None:
-        self._reader = reader
+    def __init__(self, plan: Plan[Any, Any], target: str) -> None:
+        self._reader: Reader[EventT, ResultT] = plan.reader
+        self._request: Request = plan.request
         self._target = target
         self._answered = False
         self._ended = False
+        self._left = False
 
-    def _accept(self, event: EventT) -> EventT:
+    @property
+    def request(self) -> Request:
+        """What is sent; the form of a plain string is settled once the call has begun."""
+        return self._request
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the stream was left before its end, so that the call was cancelled."""
+        return self._left
+
+    def _accept(self, event: EventT) -> bool:
+        """Check an event against the grammar; False for one of a newer contract, to be skipped. Raises StreamBroken."""
         self._answered = True
+        if not is_known(event):
+            return False
         self._reader.observe(event)
-        return event
+        return True
 
     def _finish(self) -> None:
         self._ended = True
         self._reader.end()
+
+    def _leave(self) -> None:
+        self._left |= not self._ended
+        self._ended = True
 
     def _fail(self, error: grpc.RpcError) -> LdaClientError:
         self._ended = True
@@ -93,33 +117,39 @@ class SyncStream(_Stream[EventT, ResultT], Iterator[EventT]):
     of the call are raised by iteration, as an `LdaClientError`.
     """
 
-    def __init__(self, call: SyncCall[EventT], reader: Reader[EventT, ResultT], target: str) -> None:
-        super().__init__(reader, target)
+    def __init__(self, call: SyncCall[EventT], plan: Plan[Any, Any], target: str) -> None:
+        super().__init__(plan, target)
         self._call = call
         self._cancel = weakref.finalize(self, call.cancel)
         self._cancel.atexit = False
 
     def __next__(self) -> EventT:
+        while (event := self._receive()) is not None:
+            try:
+                if self._accept(event):
+                    return event
+            except StreamBroken:
+                self.close()
+                raise
+        raise StopIteration
+
+    def _receive(self) -> EventT | None:
+        """The next event; None at the end."""
         if self._ended:
-            raise StopIteration
+            return None
         try:
             event = next(self._call, None)
         except grpc.RpcError as error:
             if self._ended:  # closed from another thread while we waited
-                raise StopIteration from None
+                return None
             raise self._fail(error) from error
         if event is None:
             self._finish()
-            raise StopIteration
-        try:
-            return self._accept(event)
-        except StreamBroken:
-            self.close()
-            raise
+        return event
 
     def close(self) -> None:
         """Cancel the call on the server if it is still under way; iteration then simply ends. May be called twice."""
-        self._ended = True
+        self._leave()
         self._cancel()
 
     def __enter__(self) -> Self:
@@ -153,10 +183,8 @@ class AsyncStream(_Stream[EventT, ResultT], AsyncIterator[EventT]):
     iteration, as an `LdaClientError`.
     """
 
-    def __init__(
-        self, begin: Callable[[], Awaitable[AsyncCall[EventT]]], reader: Reader[EventT, ResultT], target: str
-    ) -> None:
-        super().__init__(reader, target)
+    def __init__(self, begin: Callable[[], Awaitable[AsyncCall[EventT]]], plan: Plan[Any, Any], target: str) -> None:
+        super().__init__(plan, target)
         self._begin = begin
         self._events: AsyncIterator[EventT] | None = None
         self._cancel: Callable[[], object] = _nothing
@@ -170,29 +198,35 @@ class AsyncStream(_Stream[EventT, ResultT], AsyncIterator[EventT]):
         return self._events
 
     async def __anext__(self) -> EventT:
+        while (event := await self._receive()) is not None:
+            try:
+                if self._accept(event):
+                    return event
+            except StreamBroken:
+                await self.close()
+                raise
+        raise StopAsyncIteration
+
+    async def _receive(self) -> EventT | None:
+        """The next event; None at the end."""
         if self._ended:
-            raise StopAsyncIteration
+            return None
         try:
             event = await anext(await self._open(), None)
         except grpc.RpcError as error:
             raise self._fail(error) from error
         except asyncio.CancelledError:
             if self._ended and not _being_cancelled():  # closed by another task while we waited
-                raise StopAsyncIteration from None
+                return None
             await self.close()
             raise
         if event is None:
             self._finish()
-            raise StopAsyncIteration
-        try:
-            return self._accept(event)
-        except StreamBroken:
-            await self.close()
-            raise
+        return event
 
     async def close(self) -> None:
         """Cancel the call on the server if it is still under way; iteration then simply ends. May be called twice."""
-        self._ended = True
+        self._leave()
         self._cancel()
 
     aclose = close

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lda_client._html import difference, piece_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -50,7 +52,7 @@ _COLUMNS: Mapping[str, Callable[[pb.TokenDiagnostics], str]] = {
     "log p\nafter": lambda d: number(d, "after_logprob"),
     "log p\nbefore": lambda d: number(d, "before_logprob"),
     "log p\namplified": lambda d: number(d, "amplified_logprob"),
-    "after -\nbefore": lambda d: difference(d),
+    "after -\nbefore": lambda d: gap(d),
     "ranks\nin order": lambda d: "/".join(map(rank, (d.after_rank, d.before_rank, d.amplified_rank))),
     "\nKL": lambda d: f"{d.after_before_kl:.3f}",
     "novel\nmass": lambda d: f"{d.novel_mass:.3f}",
@@ -76,21 +78,15 @@ def _candidates(diagnostics: pb.TokenDiagnostics) -> Text:
     return Text("  ".join(shown))
 
 
-def piece_text(piece: bytes) -> str:
-    """A piece of a token in quotes, so that spaces and half characters show."""
-    return repr(piece.decode(errors="backslashreplace")).replace("\\\\x", "\\x")
-
-
 def number(message: Any, field: str) -> str:
     """An optional number of a message, or a dash."""
     return f"{getattr(message, field):.3f}" if message.HasField(field) else MISSING
 
 
-def difference(diagnostics: pb.TokenDiagnostics) -> str:
+def gap(diagnostics: pb.TokenDiagnostics) -> str:
     """Log p after minus log p before, in nats; a dash where one of them is missing."""
-    if not (diagnostics.HasField("after_logprob") and diagnostics.HasField("before_logprob")):
-        return MISSING
-    return f"{diagnostics.after_logprob - diagnostics.before_logprob:+.3f}"
+    nats = difference(diagnostics)
+    return MISSING if nats is None else f"{nats:+.3f}"
 
 
 def rank(value: int) -> str:

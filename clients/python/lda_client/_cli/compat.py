@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from lda_client._cli._common import Command, examples, print_json, with_client
-from lda_client._cli._tables import MISSING, piece_text, plain_table, print_table, print_values
+from lda_client._cli._tables import MISSING, plain_table, print_table, print_values
+from lda_client._html import piece_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
