@@ -5,12 +5,11 @@
 It knows no messages on its way in and sends bytes. The bearer token names the case, and tells the runs of it apart:
 `Bearer CASE.RUN`. A script is a list of steps:
 
-    {started: {...}}            a response message in proto3 JSON; "{attempt}" in a text becomes the number of the attempt
+    {started: {...}}    a response message in proto3 JSON; "{attempt}" in a text becomes the number of the attempt
     {..., $append: {15: {1: hi}}}
-                                and further fields after it, by number: fields that no client knows
-    $headers                    the response headers, so that nothing may be retried any more
-    $hold                       silence until the call ends
-    $status: {...}              an error: code, message, and the `google.rpc` details of `_status`
+                        and further fields after it, by number: fields that no client knows
+    $hold               silence until the call ends
+    $status: {...}      an error: code, message, and the `google.rpc` details of `_status`
 """
 
 from __future__ import annotations
@@ -52,8 +51,6 @@ class Player(grpc.GenericRpcHandler):
             step = json.loads(json.dumps(step).replace("{attempt}", str(attempt)))
             if step == "$hold":
                 await asyncio.Event().wait()
-            elif step == "$headers":
-                await context.send_initial_metadata(())
             elif "$status" in step:
                 await _fail(context, step["$status"])
             else:
@@ -89,9 +86,7 @@ async def _fail(context: Any, status: dict[str, Any]) -> None:
 
 
 def _status(code: grpc.StatusCode, message: str, status: dict[str, Any]) -> status_pb2.Status:
-    """The details: `unknown` (one of a type that nobody knows), `reason` with `domain` and `metadata`, `violations`,
-    `retryAfter`.
-    """
+    """With details: `unknown` (of a type nobody knows), `reason`, `domain`, `metadata`, `violations`, `retryAfter`."""
     result = status_pb2.Status(code=code.value[0], message=message)
     if "unknown" in status:
         result.details.append(any_pb2.Any(type_url="type.googleapis.com/lda.v9.Newer", value=b"\x08\x01"))

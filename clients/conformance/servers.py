@@ -1,13 +1,15 @@
 """The servers that cases name: started as processes on free loopback ports, brought into the state a case asks for.
 
-echo, small, one_caller, loading, tls, secure
-                    the real server over the fake engine of the tests (echo_server.py)
-disposable, draining
-                    the same, a fresh process for each case, since the case ends it
-scripted            plays the script of the case (script_server.py)
-pair                `lda-service serve` on the bundled pair
-stuck               a port that takes connections and never says a word
-nobody              a port at which nobody listens
+    echo, small, one_caller, loading, tls, secure
+                        the real server over the fake engine of the tests (echo_server.py)
+    disposable, draining
+                        the same, a fresh process for each case, since the case ends it
+    scripted            plays the script of the case (script_server.py)
+    pair                `lda-service serve` on the bundled pair
+    stuck               a port that takes connections and never says a word
+    nobody              a port at which nobody listens
+
+Knows processes and the load of servers; nothing of clients and of what they should answer.
 """
 
 from __future__ import annotations
