@@ -19,6 +19,7 @@ from lda_client.gen.lda.v1 import completion_service_pb2, lda_service_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from google.protobuf.descriptor import FileDescriptor
 
@@ -34,6 +35,20 @@ BODY_BYTES_MAX = 8 << 20
 # What a caller who has stopped reading may hold here. A connection must carry many of those, or they stop the others.
 STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES = 256 << 10, 256 << 20
 CONCURRENT_MAX = 65536
+# A file of the playground; Envoy holds all of them in memory.
+PAGE_BYTES_MAX = 2 << 20
+
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# The page needs nothing from elsewhere, and nothing else may be done with it.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; worker-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 # Bad fields were 422 to callers of the earlier HTTP API; 3 is INVALID_ARGUMENT, and no status at all is broken JSON.
 UNPROCESSABLE = """\
@@ -73,6 +88,7 @@ class Front:
         affinity_header: requests with the same value of this header go to the same server, if it is not overloaded.
         tls: to the servers; None speaks plain HTTP/2.
         access_log: one line per request on standard output.
+        playground: folder with the files of the playground, to be served at `/`; None serves no page there.
     """
 
     address: str
@@ -83,6 +99,7 @@ class Front:
     affinity_header: str | None = None
     tls: UpstreamTls | None = None
     access_log: bool = False
+    playground: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +213,11 @@ def _connection_manager(front: Front, descriptors: str) -> Config:
         normalize_path=True,
         **({"access_log": [_access_log()]} if front.access_log else {}),
         local_reply_config=_local_replies(),
-        route_config={"name": "front", "virtual_hosts": [_virtual_host(front, descriptors)]},
+        route_config={
+            "name": "front",
+            **({"max_direct_response_body_size_bytes": PAGE_BYTES_MAX} if front.playground else {}),
+            "virtual_hosts": [_virtual_host(front, descriptors)],
+        },
         http_filters=[
             _filter("cors", "cors.v3.Cors"),
             _filter("lua", "lua.v3.Lua"),
@@ -282,7 +303,34 @@ def _virtual_host(front: Front, descriptors: str) -> Config:
                 forward_not_matching_preflights=False,
             )
         },
-        "routes": [*_http_routes(descriptors), *_grpc_routes(front)],
+        "routes": [*_page_routes(front.playground), *_http_routes(descriptors), *_grpc_routes(front)],
+    }
+
+
+def _page_routes(folder: Path | None) -> list[Config]:
+    """The files of the playground, `index.html` as `/`."""
+    if folder is None:
+        return []
+    files = sorted(path for path in folder.rglob("*") if path.suffix in CONTENT_TYPES)
+    return [_page_route(path, path.relative_to(folder).as_posix()) for path in files]
+
+
+def _page_route(file: Path, name: str) -> Config:
+    is_entry = name == "index.html"
+    # The other names hold a hash of what is in them.
+    cache = "no-cache" if is_entry else "public, max-age=31536000, immutable"
+    headers = {
+        "content-type": CONTENT_TYPES[file.suffix],
+        "cache-control": cache,
+        "content-security-policy": PAGE_POLICY,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
+    return {
+        "match": {"path": "/" if is_entry else f"/{name}"},
+        "direct_response": {"status": 200, "body": {"filename": str(file)}},
+        "response_headers_to_add": _response_headers(headers),
+        "typed_per_filter_config": _not_transcoded(),
     }
 
 

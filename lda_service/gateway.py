@@ -39,6 +39,8 @@ START_TIMEOUT_S, STOP_TIMEOUT_S, FLUSH_TIMEOUT_S = 30.0, 5.0, 2.0
 POLL_S = 0.05
 ADMIN_SOCKET = "admin.sock"
 ADMIN_TIMEOUT_S = 2.0
+# Built from clients/playground.
+PLAYGROUND = Path(__file__).parent / "playground"
 
 # Linux ends a child with its parent only if the child asks for it (PR_SET_PDEATHSIG, 1; SIGTERM, 15). It may have died
 # before that.
@@ -83,6 +85,7 @@ async def run(
         port=config.port,
         server={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server_config.host, server_config.host),
         server_port=listening.result(),
+        playground=PLAYGROUND,
     )
     fronting = asyncio.ensure_future(_front(binary, front, on_http, serving))
     await _first_of(serving, fronting)

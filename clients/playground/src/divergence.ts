@@ -16,8 +16,8 @@ export type Divergence =
 /** Compare sequences that may still grow. One that ended early parts from the others where they go on. */
 export function divergence(tracks: readonly Track[]): Divergence {
   for (let at = 0; ; at++) {
-    const ids = new Set(tracks.map(track => track.ids[at] ?? (track.ended ? "end" : "open")));
-    const known = [...ids].filter(id => id !== "open");
+    const ids = new Set(tracks.map((track) => track.ids[at] ?? (track.ended ? "end" : "open")));
+    const known = [...ids].filter((id) => id !== "open");
     if (known.length > 1) return { kind: "parted", at };
     if (ids.has("open")) return { kind: "open", shared: at };
     if (ids.has("end")) return { kind: "same", shared: at };

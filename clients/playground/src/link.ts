@@ -30,7 +30,7 @@ const FIELDS: { [K in keyof Settings]: Field<K> } = {
   turns: { write: writeTurns, read: readTurns },
   text: anyText(),
   prefill: yesOrNo(),
-  fork: { write: fork => JSON.stringify(fork), read: readFork },
+  fork: { write: (fork) => JSON.stringify(fork), read: readFork },
   alpha: number("alpha") as Field<"alpha">,
   temperature: number("temperature"),
   topP: number("topP"),
@@ -38,11 +38,11 @@ const FIELDS: { [K in keyof Settings]: Field<K> } = {
   minP: number("minP"),
   plausibility: number("plausibility"),
   maxNewTokens: number("maxNewTokens"),
-  stop: { write: stop => JSON.stringify(stop), read: readStop },
+  stop: { write: (stop) => JSON.stringify(stop), read: readStop },
   sequences: number("sequences") as Field<"sequences">,
-  seed: { write: seed => seed, read: parseSeed },
+  seed: { write: (seed) => seed, read: parseSeed },
   seedLocked: yesOrNo(),
-  alphas: { write: alphas => alphas.join(","), read: parseAlphas },
+  alphas: { write: (alphas) => alphas.join(","), read: parseAlphas },
   rollouts: number("rollouts") as Field<"rollouts">,
   filter: anyText(),
   filterKind: oneOf("text", "regex"),
@@ -102,7 +102,7 @@ function isOptional(key: keyof Settings): boolean {
 }
 
 function oneOf<T extends string>(...values: T[]) {
-  return { write: (value: T) => value, read: (text: string) => values.find(value => value === text) };
+  return { write: (value: T) => value, read: (text: string) => values.find((value) => value === text) };
 }
 
 function anyText() {
@@ -137,16 +137,20 @@ function readStop(text: string): string[] | undefined {
 }
 
 function readFork(text: string): Fork | undefined {
-  const fork = parsed(text) as Partial<Fork & { ids: unknown }> | undefined;
+  const fork = parsed(text) as Record<string, unknown> | undefined;
   if (typeof fork !== "object" || fork === null || typeof fork.kept !== "string") return undefined;
-  if (fork.via === "text") return { via: "text", kept: fork.kept };
-  const isId = (id: unknown) => Number.isInteger(id) && (id as number) >= 0 && (id as number) < 2 ** 32;
-  if (fork.via !== "ids" || !Array.isArray(fork.ids) || fork.ids.length === 0 || !fork.ids.every(isId)) return undefined;
-  return { via: "ids", ids: fork.ids, kept: fork.kept };
+  const { via, kept, ids, tokens } = fork;
+  if (via === "text") return isCount(tokens) ? { via, kept, tokens } : undefined;
+  if (via !== "ids" || !Array.isArray(ids) || ids.length === 0 || !ids.every(isCount)) return undefined;
+  return { via, ids, kept };
+}
+
+function isCount(value: unknown): value is number {
+  return Number.isInteger(value) && (value as number) >= 0 && (value as number) < 2 ** 32;
 }
 
 function isTexts(value: unknown): value is string[] {
-  return Array.isArray(value) && value.every(each => typeof each === "string");
+  return Array.isArray(value) && value.every((each) => typeof each === "string");
 }
 
 function parsed(text: string): unknown {

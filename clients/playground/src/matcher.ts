@@ -6,57 +6,66 @@ import type { Answer, Question } from "./matching_worker";
 const TIME_MAX_MS = 1000;
 
 export interface Matches {
-  /** Of each text that matches, by its id. */
-  found: Map<number, Span[]>;
+  /** How many texts have been looked through. */
+  examined: number;
+  /** Where it is in each text that matches, by the text's number. */
+  found: ReadonlyMap<number, Span[]>;
   /** What is wrong with the filter. */
   complaint: string | undefined;
 }
 
-const NOTHING: Matches = { found: new Map(), complaint: undefined };
-
-/** Keeps the texts, and answers with what the filter finds in them whenever either changes. */
+/** Keeps the texts, and tells what the filter finds in them whenever either changes. */
 export class Matcher {
   private worker: Worker | undefined;
   private timer: ReturnType<typeof setTimeout> | undefined;
-  private texts: [number, string][] = [];
+  private readonly texts: string[] = [];
   private sent = 0;
-  private ask = 0;
-  private isStale = false;
   private filter: Filter | undefined;
+  private examined = 0;
+  private found = new Map<number, Span[]>();
+  private ask = 0;
+  private isAsking = false;
 
   constructor(private readonly onMatches: (matches: Matches) => void) {}
 
-  /** Look through this text too. */
-  add(id: number, text: string): void {
-    this.texts.push([id, text]);
+  /** Whether there is a filter that works. */
+  get isFiltering(): boolean {
+    return this.filter !== undefined;
+  }
+
+  /** Look through this text too; its number. */
+  add(text: string): number {
+    const number = this.texts.push(text) - 1;
     this.refresh();
+    return number;
   }
 
   /** Drop all texts. */
   clear(): void {
-    this.texts = [];
-    this.sent = 0;
-    this.post({ kind: "forget" });
-    this.onMatches(NOTHING);
+    this.texts.length = 0;
+    this.restart();
+    this.tell();
   }
 
   /** Look for this from now on; an empty pattern is no filter. */
   look(filter: Filter): void {
     this.filter = filter.pattern === "" ? undefined : filter;
-    if (this.timer !== undefined) this.restart();
-    if (this.filter === undefined) this.onMatches(NOTHING);
-    else this.refresh();
+    if (this.isAsking) this.restart();
+    this.forgetFindings();
+    if (this.filter) this.question();
+    else this.tell();
   }
 
-  /** One question at a time: what changes meanwhile is asked when it has been answered. */
   private refresh(): void {
-    if (this.filter === undefined) return;
-    this.isStale = this.timer !== undefined;
-    if (this.isStale) return;
+    if (this.filter && !this.isAsking && this.examined < this.texts.length) this.question();
+  }
+
+  /** One question at a time: what is added meanwhile is asked about when it has been answered. */
+  private question(): void {
+    this.isAsking = true;
     this.post({ kind: "add", texts: this.texts.slice(this.sent) });
     this.sent = this.texts.length;
-    this.post({ kind: "ask", ask: ++this.ask, filter: this.filter });
-    this.timer = setTimeout(() => this.giveUp(), TIME_MAX_MS);
+    this.post({ kind: "ask", ask: ++this.ask, filter: this.filter!, from: this.examined });
   }
 
   private post(question: Question): void {
@@ -71,30 +80,47 @@ export class Matcher {
   }
 
   private answered(answer: Answer): void {
-    if (answer.ask !== this.ask) return;
-    this.stopTimer();
-    if ("complaint" in answer) this.onMatches({ ...NOTHING, complaint: answer.complaint });
-    else this.onMatches({ found: new Map(answer.found), complaint: undefined });
-    if (this.isStale) this.refresh();
+    if (answer.ask !== this.ask || !this.isAsking) return;
+    if (answer.kind === "begun") {
+      this.timer = setTimeout(() => this.giveUp(), TIME_MAX_MS);
+      return;
+    }
+    clearTimeout(this.timer);
+    this.isAsking = false;
+    if (answer.kind === "complaint") return this.reject(answer.complaint);
+    for (const [number, spans] of answer.found) this.found.set(number, spans);
+    this.examined = answer.to;
+    this.tell();
+    this.refresh();
   }
 
   private giveUp(): void {
     this.restart();
-    this.filter = undefined;
-    const complaint = "This expression takes too long on these texts; try a simpler one.";
-    this.onMatches({ ...NOTHING, complaint });
+    this.reject("This expression takes too long on these texts; try a simpler one.");
   }
 
+  private reject(complaint: string): void {
+    this.filter = undefined;
+    this.forgetFindings();
+    this.tell(complaint);
+  }
+
+  /** Begin with a fresh worker, which ends whatever the old one is at. */
   private restart(): void {
     this.worker?.terminate();
     this.worker = undefined;
     this.sent = 0;
-    this.stopTimer();
+    this.isAsking = false;
+    clearTimeout(this.timer);
+    this.forgetFindings();
   }
 
-  private stopTimer(): void {
-    clearTimeout(this.timer);
-    this.timer = undefined;
-    this.isStale &&= this.filter !== undefined;
+  private forgetFindings(): void {
+    this.examined = 0;
+    this.found = new Map();
+  }
+
+  private tell(complaint?: string): void {
+    this.onMatches({ examined: this.examined, found: this.found, complaint });
   }
 }

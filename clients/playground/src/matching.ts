@@ -11,7 +11,7 @@ export interface Filter {
 /** Begin and end of a match in a text, in UTF-16 units. */
 export type Span = [number, number];
 
-const SPANS_MAX = 200;
+const SPANS_MAX = 50;
 
 /** The filter as a regular expression; throws SyntaxError if a person's own one is none. */
 export function compile({ pattern, kind, matchCase }: Filter): RegExp {

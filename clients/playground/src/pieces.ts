@@ -13,7 +13,7 @@ export class PieceDecoder {
 /** A single piece for people: spaces and line breaks made visible, loose bytes in hexadecimal. */
 export function label(piece: Uint8Array): string {
   const text = wholeText(piece);
-  if (text === undefined) return [...piece].map(byte => `⟨${byte.toString(16).padStart(2, "0")}⟩`).join("");
+  if (text === undefined) return [...piece].map((byte) => `⟨${byte.toString(16).padStart(2, "0")}⟩`).join("");
   if (text === "") return "⟨empty⟩";
   return text.replace(/^ | $/g, "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 }

@@ -8,7 +8,7 @@ import {
   type GenerateBothRequest,
   type GenerateLDARequest,
   type Prompt,
-} from "@lda/client/gen";
+} from "@lda/client";
 import type { Settings } from "./settings";
 
 export const CANDIDATES = 10;

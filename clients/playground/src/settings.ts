@@ -13,8 +13,11 @@ export interface Turn {
 export type Fork =
   /** Exactly these tokens. */
   | { via: "ids"; ids: number[]; kept: string }
-  /** The conversation in the form with this answer begun: tokenized afresh, so the tokens may differ. */
-  | { via: "text"; kept: string };
+  /**
+   * The prompt in the form with this answer begun: tokenized afresh, so the tokens may differ. They certainly do if
+   * their number is another one than `tokens`.
+   */
+  | { via: "text"; kept: string; tokens: number };
 
 export interface Settings {
   view: View;
@@ -103,8 +106,8 @@ export function parseNumber(key: NumberKey, written: string): number | undefined
 
 /** Alphas from a list like "-1, 0, 0.5": distinct, ascending; undefined if any is no alpha. */
 export function parseAlphas(written: string): number[] | undefined {
-  const parts = written.split(/[\s,;]+/).filter(part => part !== "");
-  const alphas = parts.map(part => parseNumber("alpha", part));
+  const parts = written.split(/[\s,;]+/).filter((part) => part !== "");
+  const alphas = parts.map((part) => parseNumber("alpha", part));
   if (alphas.length === 0 || alphas.length > MAX_ALPHAS || alphas.includes(undefined)) return undefined;
   return [...new Set(alphas as number[])].sort((a, b) => a - b);
 }

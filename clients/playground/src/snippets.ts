@@ -1,7 +1,7 @@
 // What the page does, as code that runs elsewhere.
 
 import { toJson } from "@bufbuild/protobuf";
-import { GenerateBothRequestSchema, GenerateLDARequestSchema } from "@lda/client/gen";
+import { GenerateBothRequestSchema, GenerateLDARequestSchema } from "@lda/client";
 import { amplifiedRequest, bothRequest, isPrefilled, rolloutsRequest } from "./requests";
 import type { Settings } from "./settings";
 
@@ -17,7 +17,7 @@ function curl(settings: Settings, origin: string): string {
   const ask = (path: string, body: unknown) => `curl -N ${origin}${path} -d ${shellQuoted(JSON.stringify(body))}\n`;
   const lda = (request: Parameters<typeof ldaJson>[0]) => ask("/v1:generateLda", ldaJson(request));
   if (settings.view === "rollouts") {
-    return settings.alphas.map(alpha => lda(rolloutsRequest(settings, alpha))).join("");
+    return settings.alphas.map((alpha) => lda(rolloutsRequest(settings, alpha))).join("");
   }
   const both = toJson(GenerateBothRequestSchema, bothRequest(settings));
   return ask("/v1:generateBoth", both) + lda(amplifiedRequest(settings));
@@ -69,7 +69,8 @@ function pythonPrompt(settings: Settings): unknown {
 function pythonOptions(settings: Settings): Record<string, unknown> {
   const { numSequences } = settings.view === "rollouts" ? rolloutsRequest(settings, 0) : amplifiedRequest(settings);
   const isText = settings.form === "text" && settings.fork?.via !== "ids";
-  const isContinued = settings.form === "chat" && (settings.fork?.via === "text" || !settings.fork && isPrefilled(settings));
+  const isContinued =
+    settings.form === "chat" && (settings.fork?.via === "text" || (!settings.fork && isPrefilled(settings)));
   return {
     raw: isText || undefined,
     continue_final_message: isContinued || undefined,
@@ -96,7 +97,9 @@ export function pythonLiteral(value: unknown): string {
   if (typeof value === "bigint" || typeof value === "number") return String(value);
   if (typeof value === "string") return JSON.stringify(value).replaceAll("\u007f", "\\u007f");
   if (Array.isArray(value)) return `[${value.map(pythonLiteral).join(", ")}]`;
-  const entries = Object.entries(value as object).map(([key, each]) => `${JSON.stringify(key)}: ${pythonLiteral(each)}`);
+  const entries = Object.entries(value as object).map(
+    ([key, each]) => `${JSON.stringify(key)}: ${pythonLiteral(each)}`,
+  );
   return `{${entries.join(", ")}}`;
 }
 

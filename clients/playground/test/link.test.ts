@@ -47,7 +47,9 @@ test("a value left to the server stays so, though the page has a default", () =>
 });
 
 test("what cannot be read is named, and the rest is taken", () => {
-  const { settings, ignored } = fromFragment("#v=1&alpha=much&turns=[[1,2]]&topP=0.5&fork={}&seed=-1&stop=[%22%22]&new=1");
+  const { settings, ignored } = fromFragment(
+    "#v=1&alpha=much&turns=[[1,2]]&topP=0.5&fork={}&seed=-1&stop=[%22%22]&new=1",
+  );
   expect(ignored).toEqual(["alpha", "turns", "fork", "seed", "stop", "new"]);
   expect(settings).toEqual({ ...freshDefaults(), topP: 0.5 });
 });
@@ -58,7 +60,7 @@ test("a link of a later page says so", () => {
 
 test.each(["#", "#%", "#v", "#=&&=", "#v=1&turns=%E0%A4%A", "#__proto__=1&constructor=2", "#" + "a".repeat(1e5)])(
   "nonsense does no harm: %.20s",
-  fragment => {
+  (fragment) => {
     expect(fromFragment(fragment).settings).toEqual(DEFAULTS);
   },
 );

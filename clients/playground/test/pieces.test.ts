@@ -4,8 +4,8 @@ import { label, PieceDecoder, tint, TINT_STEPS, wholeText } from "../src/pieces"
 
 test("a character of three tokens appears with the last", () => {
   const decoder = new PieceDecoder();
-  const bytes = [...new TextEncoder().encode("月")].map(byte => Uint8Array.of(byte));
-  expect(bytes.map(piece => decoder.next(piece))).toEqual(["", "", "月"]);
+  const bytes = [...new TextEncoder().encode("月")].map((byte) => Uint8Array.of(byte));
+  expect(bytes.map((piece) => decoder.next(piece))).toEqual(["", "", "月"]);
 });
 
 test("labels show what is invisible", () => {

@@ -4,7 +4,9 @@ import { parseAlphas, parseNumber, parseSeed } from "../src/settings";
 
 test("numbers", () => {
   expect(parseNumber("alpha", " −1 ")).toBe(-1);
-  expect(["", "x", "101", "Infinity", "NaN"].map(text => parseNumber("alpha", text))).toEqual(Array(5).fill(undefined));
+  expect(["", "x", "101", "Infinity", "NaN"].map((text) => parseNumber("alpha", text))).toEqual(
+    Array(5).fill(undefined),
+  );
   expect(parseNumber("topK", "1.5")).toBeUndefined();
 });
 
