@@ -1,5 +1,6 @@
 """The command `lda`: answers on stdout, notes on stderr, exit codes, help with examples."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from lda_client import pb
 from lda_client._cli import lda
-from lda_client._cli.both import print_columns
+from lda_client._cli._run import interruptible
 from lda_client.testing import HOLD, FakeServer, delta, finished, started, token
 
 CLIENT_FOLDER = Path(lda_client.__file__).parents[1]
@@ -46,7 +47,7 @@ def server():
 @pytest.fixture
 def run(server):
     """Run the command against that server, with the address from the environment."""
-    return partial(CliRunner().invoke, lda, env={"LDA_TARGET": server.target, "LDA_TOKEN": ""})
+    return partial(CliRunner().invoke, lda, env={"LDA_TARGET": server.target, "LDA_TOKEN": "", "LDA_NO_LOG": "1"})
 
 
 def test_generate_prints_the_text_alone(server, run):
@@ -164,14 +165,15 @@ def test_both(server, run):
     assert len(run(["both", "Hi", "--json"]).stdout.splitlines()) == len(BOTH)
 
 
-def test_both_side_by_side(server, capsys):
+def test_both_side_by_side(server, run, monkeypatch):
     """On a terminal, the texts of both models stand side by side."""
+    monkeypatch.setattr(sys.modules["lda_client._cli.both"], "_on_terminal", lambda: True)
     server.answer = BOTH
-    with lda_client.LdaClient(server.target) as client:
-        print_columns(client.generate_both("Hi", raw=True))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    result = run(["both", "Hi"])
+    lines = [line.split() for line in result.stdout.splitlines()]
     assert ["after", "before"] in lines
     assert ["yes", "no"] in lines
+    assert result.stderr == "generation fake, seed 7, alpha 1\n"
 
 
 def test_score(server, run):
@@ -281,26 +283,73 @@ def command_environment(**extra):
     return {**os.environ, "PYTHONPATH": path, **extra}
 
 
-def test_interrupt(server):
-    """Ctrl-C cancels the call on the server, says nothing more, and exits with 130."""
-    server.answer = [started(), delta("a"), HOLD]
+@contextlib.contextmanager
+def generating(server, folder):
+    """`lda generate` as a process that takes Ctrl-C, once the first letter of its answer has been read."""
+    environment = command_environment(LDA_TARGET=server.target, LDA_RUNS_DB=str(folder / "runs.db"), LDA_NO_LOG="")
     command = [sys.executable, "-m", "lda_client.cli", "generate", "Hi"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=command_environment(LDA_TARGET=server.target), **pipes) as process:
+    # A process inherits that SIGINT is ignored, as it is where these tests run in the background of a script.
+    with signal_handled(), subprocess.Popen(command, env=environment, **pipes) as process:
         assert process.stdout.read(1) == b"a"
+        yield process
+        process.kill()
+
+
+@contextlib.contextmanager
+def signal_handled():
+    """SIGINT as in a program started by hand."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt(server, tmp_path):
+    """Ctrl-C cancels the call on the server, says nothing more, and exits with 130."""
+    server.answer = ["a", HOLD]
+    with generating(server, tmp_path) as process:
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
-        assert process.stderr.read() == b""
+        assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
     assert server.wait_cancelled()
 
 
-def test_a_reader_that_leaves(server):
+def test_an_interrupt_raises_nothing(server):
+    """Where gRPC runs, an exception may be dropped; so Ctrl-C closes the stream instead, and a second one raises."""
+    server.answer = ["a", HOLD]
+
+    def read_interrupted(stream):
+        with interruptible(stream):
+            assert next(stream).HasField("started")
+            signal.raise_signal(signal.SIGINT)
+            assert len(list(stream)) <= 1
+            assert server.wait_cancelled()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    with signal_handled(), lda_client.LdaClient(server.target) as client:
+        stream = client.generate("Hi", raw=True)
+        with pytest.raises(click.exceptions.Exit) as ended:
+            read_interrupted(stream)
+        assert ended.value.exit_code == 130
+        assert stream.cancelled
+
+
+def test_an_ignored_interrupt_stays_ignored(server):
+    """A command in the background of a script is not ended by a Ctrl-C that is meant for another."""
+    with signal_handled(), lda_client.LdaClient(server.target) as client:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with interruptible(client.generate("Hi", raw=True)) as nothing:
+            assert nothing is None
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_reader_that_leaves(server, tmp_path):
     """`lda generate | head` ends quietly and cancels the call."""
-    server.answer = [started(), *[delta("a" * 10_000)] * 100, HOLD]
-    command = [sys.executable, "-m", "lda_client.cli", "generate", "Hi"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=command_environment(LDA_TARGET=server.target), **pipes) as process:
-        process.stdout.read(1)
+    server.answer = [*["a" * 10_000] * 100, HOLD]
+    with generating(server, tmp_path) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert server.wait_cancelled()
@@ -317,22 +366,46 @@ def test_without_the_extra(tmp_path):
     assert "pip install 'lda-client[cli]'" in result.stderr
 
 
-@pytest.mark.parametrize("name", [None, *lda.commands])
-def test_help_has_examples(name):
+HELP_PAGES = [[], *([name] for name in lda.commands), *(["runs", name] for name in lda.commands["runs"].commands)]
+
+
+@pytest.mark.parametrize("page", HELP_PAGES, ids=" ".join)
+def test_help_has_examples(page):
     """Every help page ends with examples, and every example is a call of a command that exists."""
-    result = CliRunner().invoke(lda, [*([name] if name else []), "--help"])
+    result = CliRunner().invoke(lda, [*page, "--help"])
     assert result.exit_code == 0
     examples = result.stdout.partition("Examples:\n")[2].strip().splitlines()
     assert examples
     called = {command for line in examples for command in re.findall(r"\blda (\w+)", line)}
     assert called <= set(lda.commands)
-    assert name is None or name in called
+    assert not page or page[0] in called
     assert all(isinstance(command, click.Command) and command.short_help for command in lda.commands.values())
 
 
 def test_version():
     """`lda --version` prints the version of the package."""
     assert lda_client.__version__ in CliRunner().invoke(lda, ["--version"]).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell):
+    """`lda completion` prints what the shell evaluates; it asks `lda` in the way that click answers."""
+    result = CliRunner().invoke(lda, ["completion", shell])
+    assert result.exit_code == 0
+    assert f"_LDA_COMPLETE={shell}_complete" in result.stdout
+
+
+def test_completion(monkeypatch):
+    """What the script of a shell asks is answered with the commands, and with the options of a command."""
+    command = [sys.executable, "-m", "lda_client.cli"]
+    for words, expected in (
+        ("lda gen", "plain,generate"),
+        ("lda runs --h", "plain,--help"),
+        ("lda score --al", "plain,--alpha"),
+    ):
+        asked = {"_LDA_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        result = subprocess.run(command, env=command_environment(**asked), capture_output=True, text=True, check=False)
+        assert expected in result.stdout.splitlines()
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (CLIENT_FOLDER / "README.md").read_text(), re.DOTALL)

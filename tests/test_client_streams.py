@@ -305,8 +305,8 @@ def test_a_stream_knows_its_request_and_whether_it_was_left(server, client):
     """`request` is what was sent, `cancelled` whether the end was not waited for."""
     server.model_pair.has_chat_template = False
     with client.generate("Hi") as stream:
-        assert stream.request == server.requests[-1] == pb.GenerateLDARequest(prompt=pb.Prompt(text="Hi"))
         list(stream)
+        assert stream.request == server.requests[-1] == pb.GenerateLDARequest(prompt=pb.Prompt(text="Hi"))
     assert not stream.cancelled
     with client.generate("Hi") as stream:
         next(stream)

@@ -143,6 +143,7 @@ class Reader(Protocol[EventT_contra, ResultT_co]):
     """Follows a stream event by event, and adds up what is given to `add`."""
 
     begun: bool
+    score_alphas: tuple[float, ...]
 
     def observe(self, event: EventT_contra) -> None:
         """Check one event against the grammar. Raises StreamBroken."""
@@ -243,13 +244,23 @@ class GenerateReader:
             usage=finished.usage,
         )
 
+    def take(self, finished: pb.Finished) -> Completion:
+        """The same, and forget it: for streams that are too long to keep."""
+        completion = self.completion(finished)
+        del self._gathered[_key(finished)]
+        return completion
+
+    def take_unfinished(self) -> list[Completion]:
+        """What there is of the sequences that have not finished."""
+        return [self.take(pb.Finished(role=role, sequence_index=index)) for role, index in sorted(self._gathered)]
+
 
 class ScoreReader:
     """Blocks without gaps, up to the total that each of them announces."""
 
     def __init__(self, score_alphas: Sequence[float] = ()) -> None:
         self.begun = False
-        self._score_alphas = score_alphas
+        self.score_alphas = tuple(score_alphas)
         self._scored = 0
         self._total = 0
         self._blocks: list[pb.ScoreResponse] = []
@@ -274,7 +285,7 @@ class ScoreReader:
         """The whole continuation."""
         tokens = [token for block in self._blocks for token in block.tokens]
         scores = [score for block in self._blocks for score in block.alpha_scores]
-        return ScoredText(tokens, alpha_scores(scores, self._score_alphas))
+        return ScoredText(tokens, alpha_scores(scores, self.score_alphas))
 
 
 def is_known(event: Message) -> bool:

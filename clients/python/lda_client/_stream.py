@@ -81,6 +81,11 @@ class _Stream(Generic[EventT, ResultT]):
         """Whether the stream was left before its end, so that the call was cancelled."""
         return self._left
 
+    @property
+    def score_alphas(self) -> tuple[float, ...]:
+        """The alphas at which whole sequences are scored, as the caller wrote them."""
+        return self._reader.score_alphas
+
     def _accept(self, event: EventT) -> bool:
         """Check an event against the grammar; False for one of a newer contract, to be skipped. Raises StreamBroken."""
         self._answered = True
@@ -286,11 +291,6 @@ class _Generation(_Stream[GenerateEventT, Completions]):
     def generation_id(self) -> str | None:
         """The id under which the server logs this generation; None until `started` has arrived."""
         return self.started.generation_id if self.started else None
-
-    @property
-    def score_alphas(self) -> tuple[float, ...]:
-        """The alphas at which every finished sequence is scored, as the caller wrote them."""
-        return self._reader.score_alphas
 
 
 class GenerateStream(_Generation[GenerateEventT], SyncStream[GenerateEventT, Completions]):

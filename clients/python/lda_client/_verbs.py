@@ -51,6 +51,11 @@ class Verbs(ABC, Generic[GenerateT, BothT, ScoreT, CompletionsT, CompatT, PairT]
         self._connection = Connection(target, credentials, token, timeout or Timeout())
         self._has_chat_template: bool | None = None
 
+    @property
+    def target(self) -> str:
+        """The address of the server."""
+        return self._connection.target
+
     def generate(
         self,
         prompt: PromptLike | pb.GenerateLDARequest,

@@ -6,8 +6,10 @@ import click
 
 from lda_client._cli.both import both
 from lda_client._cli.compat import compat
+from lda_client._cli.completion import completion
 from lda_client._cli.generate import generate
 from lda_client._cli.info import info
+from lda_client._cli.runs import runs
 from lda_client._cli.score import score
 from lda_client._version import __version__
 
@@ -18,6 +20,8 @@ Examples:
   lda score "The capital of France is" " Paris" --raw
   lda compat
   lda info --target gpu-host:50051
+  lda runs list
+  lda completion bash
 """
 
 
@@ -30,5 +34,5 @@ def lda() -> None:
     """
 
 
-for command in (generate, both, score, compat, info):
+for command in (generate, both, score, compat, info, runs, completion):
     lda.add_command(command)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import grpc
 from google.protobuf.json_format import MessageToDict
 
 import lda_client
-from lda_client import DEFAULT_TARGET, LdaClient, LdaClientError, Timeout
+from lda_client import DEFAULT_TARGET, LdaClient, LdaClientError, Timeout, Tls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +30,10 @@ INTERRUPTED_EXIT_CODE = 130
 LOOKUP_S = 30.0
 _STDIN_READ = "lda_client.stdin_read"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, one object per line, in the contract's names."
+)
 
 _CONNECTION_OPTIONS: tuple[Decorator, ...] = (
     click.option(
@@ -49,7 +52,7 @@ _CONNECTION_OPTIONS: tuple[Decorator, ...] = (
         metavar="SECONDS",
         help="Give up after this long. Without it, streams may take as long as they need.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line, in the contract's names."),
+    json_option,
     click.option("--token", envvar="LDA_TOKEN", show_envvar=True, help="Bearer token; better set in the environment."),
     click.option("--tls", is_flag=True, help="Speak TLS, trusting the authorities of this machine."),
     click.option(
@@ -141,16 +144,10 @@ def _parse(text: str) -> Any:
         raise click.UsageError(f"--prompt-json: PROMPT is no JSON ({error}).") from None
 
 
-def _credentials(tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> grpc.ChannelCredentials | None:
+def _credentials(tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
     if (cert is None) != (key is None):
         raise click.UsageError("--tls-cert and --tls-key go together.")
-    if not (tls or ca or cert):
-        return None
-    return grpc.ssl_channel_credentials(_read(ca), _read(key), _read(cert))
-
-
-def _read(path: Path | None) -> bytes | None:
-    return path.read_bytes() if path else None
+    return Tls(ca, cert, key) if tls or ca or cert else None
 
 
 class Command(click.Command):
@@ -186,7 +183,11 @@ def _remedy(error: LdaClientError) -> str:
 
 def print_json(message: Message) -> None:
     """One JSON object on one line; fields at their default are printed too, so that every line has the same shape."""
-    fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    print_object(MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+
+
+def print_object(fields: dict[str, Any]) -> None:
+    """One JSON object on one line."""
     click.echo(json.dumps(fields, ensure_ascii=False))
 
 

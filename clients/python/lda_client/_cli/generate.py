@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lda_client._cli._common import Command, ask, examples, note, print_json, with_client, with_prompt
+from lda_client._cli._run import generation_run, with_log
 from lda_client._cli._sampling import alpha_option, with_sampling
 from lda_client._cli._tables import print_table, summary, token_table
-from lda_client._gather import GenerateReader, text_piece
+from lda_client._gather import text_piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lda_client import Completion, GenerateStream, LdaClient, pb
+    from lda_client._cli._run import GenerationRun, Recorder
 
 EXAMPLES = examples(
     'lda generate "Who are you?" --alpha 2',
@@ -28,55 +28,52 @@ EXAMPLES = examples(
 @with_prompt
 @alpha_option
 @with_sampling
+@with_log
 @with_client
-def generate(client: LdaClient, *, as_json: bool, **arguments: Any) -> None:
+def generate(client: LdaClient, *, as_json: bool, recorder: Recorder, **arguments: Any) -> None:
     """Stream text sampled from after + alpha * (after - before).
 
     PROMPT is one user turn, or plain text for a pair without a chat template; - reads it from stdin, without its last
     line break. One sequence is printed as it arrives, several are printed one by one as they finish. An option that is
     not given takes the default of the server, which `lda info` shows.
     """
-    with ask(client.generate, **arguments) as stream:
+    stream = ask(client.generate, **arguments)
+    with generation_run(client, "generate", stream, recorder) as run:
         if as_json:
-            for event in stream:
-                print_json(event)
+            print_events(run)
         elif (arguments["num_sequences"] or 1) == 1:
-            _print_text(stream)
+            _print_text(run)
         else:
-            print_finished(stream)
+            print_finished(run)
 
 
-def _print_text(stream: GenerateStream[pb.GenerateLDAResponse]) -> None:
+def _print_text(run: GenerationRun[pb.GenerateLDAResponse]) -> None:
     """The text of one sequence as it arrives; then how it ended, on stderr."""
-    reader = GenerateReader(1, stream.score_alphas)
-    for event in stream:
-        reader.add(event)
+    for event, completion in run:
         if piece := text_piece(event):
             click.echo(piece.text, nl=False)
-        elif event.HasField("finished"):
-            completion = reader.completion(event.finished)
+        elif completion:
             click.echo()
             _print_diagnostics(completion)
-            note(f"{origin(stream)}, {summary(completion)}")
+            note(f"{origin(run.stream)}, {summary(completion)}")
 
 
-def print_finished(stream: GenerateStream[Any]) -> None:
+def print_events(run: GenerationRun[Any]) -> None:
+    """Every event as JSON."""
+    for event, _ in run:
+        print_json(event)
+
+
+def print_finished(run: GenerationRun[Any]) -> None:
     """Every sequence under a header, in the order in which they finish."""
-    for completion in finished(stream):
+    for _, completion in run:
+        if completion is None:
+            continue
         role = completion.role_name.lower()
         click.echo(f"=== {role} {completion.sequence_index}: {summary(completion)} ===")
         click.echo(completion.text)
         _print_diagnostics(completion)
-    note(origin(stream))
-
-
-def finished(stream: GenerateStream[Any]) -> Iterator[Completion]:
-    """The sequences of a stream, each as soon as it has finished."""
-    reader = GenerateReader(1, stream.score_alphas)
-    for event in stream:
-        reader.add(event)
-        if event.HasField("finished"):
-            yield reader.completion(event.finished)
+    note(origin(run.stream))
 
 
 def _print_diagnostics(completion: Completion) -> None:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lda_client._cli._common import Command, ask, examples, print_json, read_text, with_client, with_prompt
+from lda_client._cli._run import score_run, with_log
 from lda_client._cli._sampling import alpha_option, score_alphas_option
 from lda_client._cli._tables import print_table, print_values, token_table
 
 if TYPE_CHECKING:
     from lda_client import LdaClient, ScoredText
+    from lda_client._cli._run import Recorder
 
 EXAMPLES = examples(
     'lda score "The capital of France is" " Paris" --raw',
@@ -26,19 +28,21 @@ EXAMPLES = examples(
 @alpha_option
 @click.option("--top-candidates", type=click.IntRange(min=0), help="Alternatives per token, at most 50.")
 @score_alphas_option
+@with_log
 @with_client
-def score(client: LdaClient, *, as_json: bool, continuation: str, **arguments: Any) -> None:
+def score(client: LdaClient, *, as_json: bool, recorder: Recorder, continuation: str, **arguments: Any) -> None:
     """Score CONTINUATION after PROMPT under both models, token by token.
 
     PROMPT is as in `lda generate`; CONTINUATION is plain text. One of the two may be -, to be read from stdin. Values
     are natural logarithms; the amplified ones are at --alpha.
     """
-    with ask(client.score, continuation=read_text(continuation), **arguments) as stream:
-        if as_json:
-            for block in stream:
+    stream = ask(client.score, continuation=read_text(continuation), **arguments)
+    with score_run(client, stream, recorder) as run:
+        for block in run:
+            if as_json:
                 print_json(block)
-        else:
-            _print_scores(stream.gather())
+        if not as_json:
+            _print_scores(run.result())
 
 
 def _print_scores(scored: ScoredText) -> None:
