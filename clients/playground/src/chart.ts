@@ -62,7 +62,7 @@ export class Chart {
   private grid(y: (share: number) => number, top: number): SVGElement[] {
     return [0, 0.25, 0.5, 0.75, 1].flatMap((part) => {
       const at = y(part * top);
-      const words = draw("text", { x: MARGIN.left - 8, y: at + 4, class: "tick y" }, percent(part * top));
+      const words = draw("text", { x: MARGIN.left - 8, y: at + 4, class: "tick y" }, axisText(part * top));
       return [draw("line", { x1: MARGIN.left, x2: this.width - MARGIN.right, y1: at, y2: at, class: "rule" }), words];
     });
   }
@@ -112,6 +112,10 @@ export class Chart {
     });
     return group;
   }
+}
+
+function axisText(share: number): string {
+  return `${Number((share * 100).toPrecision(3))}%`;
 }
 
 function band(points: readonly Point[], x: (alpha: number) => number, y: (share: number) => number): SVGElement {

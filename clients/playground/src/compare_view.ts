@@ -165,6 +165,11 @@ export class CompareView {
     cell.isEnded = true;
     end.textContent = `${reasonOf(sequence.finished!)} · ${sequence.tokens.length} tokens · ${meanKl(sequence)}`;
     element.parentElement!.parentElement!.classList.remove("open");
+    if (sequence.finished!.matchedStop.case === "stopString") this.cut(cell);
+  }
+
+  /** Tokens that a stop string took away are no part of the answer. */
+  private cut({ sequence, element }: Cell): void {
     let length = 0;
     for (const [position, text] of sequence.texts.entries()) {
       length += text.length;

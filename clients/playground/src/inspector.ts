@@ -6,7 +6,7 @@ import type { Place } from "./compare_view";
 import { alphaText, byId, figure, make } from "./dom";
 import { union } from "./candidates";
 import { label, tint } from "./pieces";
-import { percent } from "./rates";
+import { probability } from "./rates";
 import { CANDIDATES, promptOf } from "./requests";
 import type { Server } from "./server";
 import { tintClass } from "./compare_view";
@@ -211,7 +211,7 @@ function facts(diagnostics: TokenDiagnostics): [string, string][] {
     ["after − before", `${moved !== undefined && moved > 0 ? "+" : ""}${figure(moved)} nats`],
     ["rank", `${diagnostics.beforeRank} → ${diagnostics.afterRank} → ${diagnostics.amplifiedRank || "…"}`],
     ["KL(after ‖ before)", `${figure(diagnostics.afterBeforeKl, 3)} nats`],
-    ["novel mass", percent(diagnostics.novelMass)],
+    ["novel mass", probability(diagnostics.novelMass)],
     ["critical α", diagnostics.criticalAlpha === undefined ? "none" : figure(diagnostics.criticalAlpha)],
   ];
 }
@@ -227,8 +227,8 @@ function criticalWords({ criticalAlpha, criticalPiece }: TokenDiagnostics): stri
 
 function probabilityCell(column: Column, logprob: number | undefined): HTMLElement {
   if (logprob === undefined) return make("td", { class: "p", title: "not in this top ten" }, "·");
-  const probability = Math.exp(logprob);
+  const share = Math.exp(logprob);
   const bar = make("i", { class: column, "aria-hidden": "true" });
-  bar.style.setProperty("--share", String(probability));
-  return make("td", { class: "p" }, bar, make("span", { text: percent(probability) }));
+  bar.style.setProperty("--share", String(share));
+  return make("td", { class: "p" }, bar, make("span", { text: probability(share) }));
 }

@@ -25,6 +25,11 @@ export function percent(share: number): string {
   return `${value >= 10 ? value.toFixed(1) : value.toPrecision(2)}%`;
 }
 
+/** A probability in per cent, for tables in which what is tiny need not be told apart. */
+export function probability(share: number): string {
+  return share > 0 && share < 1e-4 ? "<0.01%" : percent(share);
+}
+
 function betaQuantile(probability: number, a: number, b: number): number {
   let low = 0;
   let high = 1;

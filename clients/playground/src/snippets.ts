@@ -2,7 +2,7 @@
 
 import { toJson } from "@bufbuild/protobuf";
 import { GenerateBothRequestSchema, GenerateLDARequestSchema } from "@lda/client";
-import { amplifiedRequest, bothRequest, isPrefilled, rolloutsRequest } from "./requests";
+import { amplifiedRequest, bothRequest, rolloutsRequest } from "./requests";
 import type { Settings } from "./settings";
 
 export type Language = "curl" | "python" | "typescript";
@@ -67,14 +67,11 @@ function pythonPrompt(settings: Settings): unknown {
 
 /** Keyword arguments in the Python client's names; what is undefined is left out. */
 function pythonOptions(settings: Settings): Record<string, unknown> {
-  const { numSequences } = settings.view === "rollouts" ? rolloutsRequest(settings, 0) : amplifiedRequest(settings);
-  const isText = settings.form === "text" && settings.fork?.via !== "ids";
-  const isContinued =
-    settings.form === "chat" && (settings.fork?.via === "text" || (!settings.fork && isPrefilled(settings)));
+  const { form } = amplifiedRequest(settings).prompt!;
   return {
-    raw: isText || undefined,
-    continue_final_message: isContinued || undefined,
-    num_sequences: numSequences,
+    raw: form.case === "text" || undefined,
+    continue_final_message: (form.case === "chat" && form.value.continueFinalMessage) || undefined,
+    num_sequences: sequencesOf(settings),
     seed: BigInt(settings.seed),
     temperature: settings.temperature,
     top_p: settings.topP,
@@ -110,40 +107,62 @@ function targetOf(origin: string): string {
 }
 
 function typescript(settings: Settings, origin: string): string {
-  return settings.view === "rollouts" ? typescriptRollouts(settings, origin) : typescriptCompare(settings, origin);
+  const isRollouts = settings.view === "rollouts";
+  const { name, call } = typescriptPrompt(settings);
+  return `import { ${isRollouts ? name : `${name}, ModelRole`} } from "@lda/client";
+import { connectNode } from "@lda/client/node";
+
+const client = connectNode(${JSON.stringify(targetOf(origin))});
+const request = {
+  prompt: ${call},
+${typescriptOptions(settings)}};
+${isRollouts ? TS_ROLLOUTS(settings) : TS_COMPARE(settings)}client.close();
+`;
 }
 
-const TS_IMPORTS = (schemas: string) => `\
-import { fromJson } from "@bufbuild/protobuf";
-import { connect, ${schemas} } from "@lda/client/node";
-`;
-
-function typescriptRollouts(settings: Settings, origin: string): string {
-  const { alpha: _, ...request } = ldaJson(rolloutsRequest(settings, 0)) as Record<string, unknown>;
-  return `${TS_IMPORTS("GenerateLDARequestSchema")}
-const client = connect(${JSON.stringify(targetOf(origin))});
-const request = ${jsObject(request)};
+const TS_ROLLOUTS = (settings: Settings) => `\
 for (const alpha of ${JSON.stringify(settings.alphas)}) {
-  for (const completion of await client.complete(fromJson(GenerateLDARequestSchema, { ...request, alpha }))) {
+  for (const completion of await client.complete({ ...request, alpha })) {
     console.log(alpha, completion.text);
   }
 }
 `;
-}
 
-function typescriptCompare(settings: Settings, origin: string): string {
-  const both = toJson(GenerateBothRequestSchema, bothRequest(settings));
-  return `${TS_IMPORTS("GenerateBothRequestSchema, GenerateLDARequestSchema, ModelRole")}
-const client = connect(${JSON.stringify(targetOf(origin))});
-const request = ${jsObject(both)};
-const both = await client.generateBoth(fromJson(GenerateBothRequestSchema, request)).gather();
-const amplified = await client.complete(fromJson(GenerateLDARequestSchema, { ...request, alpha: ${settings.alpha} }));
+const TS_COMPARE = (settings: Settings) => `\
+const both = await client.generateBoth(request).gather();
+const amplified = await client.complete({ ...request, alpha: ${settings.alpha} });
 for (const completion of [...both, ...amplified]) {
   console.log(ModelRole[completion.role], completion.text);
 }
 `;
+
+function typescriptPrompt(settings: Settings): { name: string; call: string } {
+  const { form } = amplifiedRequest(settings).prompt!;
+  if (form.case === "tokens") return { name: "tokens", call: `tokens(${JSON.stringify(form.value.ids)})` };
+  if (form.case !== "chat") return { name: "text", call: `text(${JSON.stringify(form.value)})` };
+  const turns = form.value.messages.map(({ role, content }) => ({ role, content }));
+  const options = form.value.continueFinalMessage ? ", { continueFinalMessage: true }" : "";
+  return { name: "chat", call: `chat(${JSON.stringify(turns)}${options})` };
 }
 
-function jsObject(value: unknown): string {
-  return JSON.stringify(value, null, 2);
+function typescriptOptions(settings: Settings): string {
+  const { temperature, topP, topK, minP, plausibility, maxNewTokens, stop } = settings;
+  const sampling = { temperature, topP, topK, minP, plausibility };
+  const stopping = { maxNewTokens, stopStrings: stop.length > 0 ? stop : undefined };
+  const seed = `seed: ${settings.seed}n`;
+  return (
+    `  numSequences: ${sequencesOf(settings)},\n` +
+    `  sampling: { ${[...members(sampling), seed].join(", ")} },\n` +
+    `  stopping: { ${members(stopping).join(", ")} },\n`
+  );
+}
+
+function members(values: object): string[] {
+  const known = Object.entries(values).filter(([, value]) => value !== undefined);
+  return known.map(([name, value]) => `${name}: ${JSON.stringify(value)}`);
+}
+
+function sequencesOf(settings: Settings): number {
+  const request = settings.view === "rollouts" ? rolloutsRequest(settings, 0) : amplifiedRequest(settings);
+  return request.numSequences!;
 }
