@@ -29,12 +29,12 @@ def section_of(path: Path, name: str) -> str:
     if not path.is_file():
         raise SampleError(f"there is no file {path}")
     lines = path.read_text().splitlines()
-    markers = [MARKER.match(line) for line in lines]
-    begins = [index for index, each in enumerate(markers) if each and each["section"] == name]
-    if [markers[index]["kind"] for index in begins] != ["section", "endsection"]:
+    found = [(index, marker) for index, line in enumerate(lines) if (marker := MARKER.match(line))]
+    markers = [(index, marker["kind"]) for index, marker in found if marker["section"] == name]
+    if [kind for _, kind in markers] != ["section", "endsection"]:
         raise SampleError(f"{path} must hold one comment section:{name} and after it one endsection:{name}")
-    first, last = begins
-    inside = [line for line, marker in zip(lines[first:last], markers[first:last], strict=True) if not marker]
+    (first, _), (last, _) = markers
+    inside = [line for line in lines[first:last] if not MARKER.match(line)]
     return textwrap.dedent("\n".join(inside)).strip("\n") + "\n"
 
 

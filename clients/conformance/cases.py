@@ -59,8 +59,12 @@ def _repeat(loader: _Loader, node: yaml.SequenceNode) -> Any:
     return what * times
 
 
+def _matches(loader: _Loader, node: yaml.ScalarNode) -> re.Pattern[str]:
+    return re.compile(str(loader.construct_scalar(node)))
+
+
 _Loader.add_constructor("!repeat", _repeat)
-_Loader.add_constructor("!matches", lambda loader, node: re.compile(loader.construct_scalar(node)))
+_Loader.add_constructor("!matches", _matches)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _case(raw: dict[str, Any]) -> Case:
 
 def _check(case: Case) -> None:
     _require(re.fullmatch(r"[a-z][a-z0-9_]*", case.name), "a name is snake_case")
-    _require(case.promise.endswith("."), "a promise is a sentence")
+    _require(case.promise.endswith((".", ")")), "a promise is a sentence")
     _require(case.call.keys() <= CALL_FIELDS, f"a call has the fields {sorted(CALL_FIELDS)}")
     _require(case.expect.keys() <= EXPECT_FIELDS, f"expect has the fields {sorted(EXPECT_FIELDS)}")
     _require(case.expect["ended"] in ("ok", "cancelled", "error"), "ended is ok, cancelled or error")
@@ -157,10 +161,9 @@ def _compare(case: Case, answer: dict[str, Any]) -> list[str | None]:
         ]
     elif "result" in expect:
         result = answer.get("result")
-        lookup = case.verb != "complete" and result is not None
-        found.append(
-            _mismatch(expect["result"], canonical(result, RESPONSES[case.verb]) if lookup else result, "result")
-        )
+        if case.verb != "complete" and isinstance(result, dict):
+            result = canonical(result, RESPONSES[case.verb])
+        found.append(_mismatch(expect["result"], result, "result"))
     return found
 
 

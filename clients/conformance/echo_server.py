@@ -12,6 +12,7 @@ import asyncio
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,18 @@ def never_loads(config: Any) -> None:
 
 def configuration(name: str, folder: Path) -> dict[str, Any]:
     """The arguments of `make_server` for a server of this name."""
-    tls = {"tls_cert": folder / "server.crt", "tls_key": folder / "server.key", "tokens_file": folder / "tokens"}
-    return {
+    tls = AccessConfig(folder / "tokens", tls_cert=folder / "server.crt", tls_key=folder / "server.key")
+    configurations: dict[str, dict[str, Any]] = {
         "echo": {},
         "disposable": {},
         "draining": {},
         "small": {"engine": EngineConfig(max_running_sequences=1)},
         "one_caller": {"admission": AdmissionConfig(max_requests_per_caller=1)},
         "loading": {"factory": "echo_server:never_loads"},
-        "tls": {"access": AccessConfig(**tls)},
-        "secure": {"access": AccessConfig(**tls, tls_client_ca=folder / "ca.pem")},
-    }[name]
+        "tls": {"access": tls},
+        "secure": {"access": replace(tls, tls_client_ca=folder / "ca.pem")},
+    }
+    return configurations[name]
 
 
 async def main(folder: Path, names: list[str]) -> None:

@@ -36,7 +36,7 @@ class Player(grpc.GenericRpcHandler):
         self._cases = {case.name: case for case in cases.load() if case.attempts}
         self._attempts: Counter[str] = Counter()
 
-    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
         """One handler for all: on the wire, a unary answer is a stream of one message."""
         return grpc.unary_stream_rpc_method_handler(self._play)
 
@@ -45,6 +45,7 @@ class Player(grpc.GenericRpcHandler):
         case = self._cases.get(token.partition(".")[0])
         if case is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the token {token!r} names no case with a script")
+            return
         self._attempts[token] += 1
         attempt = self._attempts[token]
         for step in case.attempts[min(attempt, len(case.attempts)) - 1]:
@@ -58,8 +59,8 @@ class Player(grpc.GenericRpcHandler):
 
 
 def _bytes(step: dict[str, Any], kind: Any) -> bytes:
-    known = json_format.ParseDict(cases.message_of(step), kind()).SerializeToString()
-    return known + _fields(step.get("$append", {}))
+    known = json_format.ParseDict(cases.message_of(step), kind())
+    return bytes(known.SerializeToString()) + _fields(step.get("$append", {}))
 
 
 def _fields(values: dict[str, Any]) -> bytes:

@@ -64,7 +64,7 @@ class Process:
     """A server in a process of its own; what it prints on standard error goes into a file."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        self._log = log
+        self._command, self._log = command, log
         environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{HERE}"}
         with log.open("wb") as errors:
             self.popen = subprocess.Popen(
@@ -84,7 +84,9 @@ class Process:
             for line in printed.decode().splitlines(keepends=True):
                 if line.endswith("\n") and holds(line.strip()):
                     return line.strip()
-        raise ServerFailed(f"{self.popen.args} did not start; {printed.decode()!r}\n{self._log.read_text()[-2000:]}")
+        raise ServerFailed(
+            f"{' '.join(self._command)} did not start; {printed.decode()!r}\n{self._log.read_text()[-2000:]}"
+        )
 
     def terminate(self) -> None:
         """SIGTERM: the server drains."""
@@ -222,6 +224,8 @@ class Stage:
         if action is None:
             return
         self.watcher.wait_running(1)
+        for _ in self.watcher.generate("hi", tokens=3):  # meanwhile `started` has left the server
+            pass
         {"drain": self._drain, "kill": self._kill, "abort": self.watcher.abort_all}[action]()
 
     def wait_free(self) -> None:
