@@ -143,7 +143,8 @@ for (const [what, blocks] of Object.entries(BROKEN_SCORES)) {
   test(`a score with ${what} is broken, though its status is OK`, async (t) => {
     const client = await clientOf(t, {
       async *score() {
-        for (const [offset, count] of blocks) yield { offset, tokens: Array(count).fill({ id: 1 }), totalTokenCount: 3 };
+        for (const [offset, count] of blocks)
+          yield { offset, tokens: Array(count).fill({ id: 1 }), totalTokenCount: 3 };
       },
     });
     const error = await errorOf(client.score({ ...REQUEST, continuation: REQUEST.prompt }).gather());
