@@ -5,7 +5,8 @@
 #   build/samples/NAME     the samples: basic, stream, alpha_sweep, cancel
 #   build/test             the tests
 # Needs: apt-get install --no-install-recommends openjdk-17-jdk-headless libgrpc-java libprotobuf-java libnetty-java \
-#   libperfmark-java libguava-java libgoogle-gson-java libjsr305-java libgeronimo-annotation-1.3-spec-java junit4
+#   libperfmark-java libguava-java libgoogle-gson-java libjsr305-java libgeronimo-annotation-1.3-spec-java \
+#   libnetty-tcnative-java junit4
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,7 +14,9 @@ readonly jars=/usr/share/java
 readonly libraries=$(printf "$jars/%s.jar:" grpc-api grpc-context grpc-core grpc-netty grpc-protobuf grpc-protobuf-lite \
   grpc-stub protobuf protobuf-util guava gson perfmark-api opencensus-api error-prone-annotations jsr305 \
   geronimo-annotation-1.3-spec netty-buffer netty-codec netty-codec-http netty-codec-http2 netty-common netty-handler \
-  netty-resolver netty-transport junit4 hamcrest)
+  netty-resolver netty-transport netty-tcnative junit4 hamcrest)
+# Debian's netty has TLS with HTTP/2 through OpenSSL alone, and looks for the native library under another name.
+readonly native=$PWD/build/native
 readonly strict=(-Xlint:all -Werror)
 
 # compile FOLDER CLASSPATH FLAGS... FILES...
@@ -34,18 +37,21 @@ launcher() {
 
 rm -rf build/main build/conformance build/samples build/test-classes
 # Seconds of work that change with the contract alone.
-if [ ! -d build/gen ] || [ -n "$(find src/gen build.sh -newer build/gen)" ]; then
+if [ ! -e build/gen.stamp ] || [ -n "$(find src/gen build.sh -newer build/gen.stamp)" ]; then
   rm -rf build/gen
   compile build/gen "$libraries" -nowarn -Xlint:none $(sources src/gen)
+  touch build/gen.stamp
 fi
 compile build/main "build/gen:$libraries" "${strict[@]}" $(sources src/main)
 compile build/conformance "build/main:build/gen:$libraries" "${strict[@]}" $(sources src/conformance)
 compile build/samples/classes "build/main:build/gen:$libraries" "${strict[@]}" $(sources samples)
-[ ! -d src/test/java/lda ] || compile build/test-classes "build/main:build/gen:$libraries" "${strict[@]}" $(sources src/test)
+compile build/test-classes "build/main:build/gen:$libraries" "${strict[@]}" $(sources src/test)
 
+mkdir -p "$native/META-INF/native"
+cp /usr/lib/*/jni/libnetty-tcnative.so "$native/META-INF/native/libnetty_tcnative.so"
 jar --create --file build/lda-client.jar -C build/gen . -C build/main .
-echo "$libraries" >build/classpath
-readonly client=$PWD/build/lda-client.jar:$libraries
+echo "$libraries$native" >build/classpath
+readonly client=$PWD/build/lda-client.jar:$libraries$native
 launcher build/adapter "$PWD/build/conformance:$client" lda.conformance.Adapter
 launcher build/test "$PWD/build/test-classes:$client" "org.junit.runner.JUnitCore $(cd src/test/java &&
   find . -name '*Test.java' | sort | sed 's|^\./||; s|\.java$||; s|/|.|g' | paste -sd' ')"

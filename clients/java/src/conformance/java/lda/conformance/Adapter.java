@@ -54,13 +54,13 @@ public final class Adapter {
       run(call, answer);
     } catch (LdaClientError error) {
       answer.fail(error);
-    } catch (IOException | RuntimeException fault) {
+    } catch (InvalidProtocolBufferException | RuntimeException fault) {
       return answer.unsupported(fault.toString());
     }
     return answer.json();
   }
 
-  private void run(JsonObject call, Answer answer) throws IOException {
+  private void run(JsonObject call, Answer answer) throws InvalidProtocolBufferException {
     LdaClient client = client(call);
     JsonObject request = call.has("request") ? call.getAsJsonObject("request") : new JsonObject();
     Duration timeout = call.has("timeoutMs") ? Duration.ofMillis(call.get("timeoutMs").getAsLong()) : null;
@@ -78,17 +78,12 @@ public final class Adapter {
   }
 
   /** One client for each way to reach a server, kept open between calls. */
-  private LdaClient client(JsonObject call) throws IOException {
+  private LdaClient client(JsonObject call) {
     String key = GSON.toJson(List.of(call.get("target"), orNull(call, "token"), orNull(call, "tls")));
-    LdaClient client = clients.get(key);
-    if (client == null) {
-      client = connect(call);
-      clients.put(key, client);
-    }
-    return client;
+    return clients.computeIfAbsent(key, absent -> connect(call));
   }
 
-  private static LdaClient connect(JsonObject call) throws IOException {
+  private static LdaClient connect(JsonObject call) {
     LdaClientBuilder builder = LdaClient.builder().target(call.get("target").getAsString());
     if (call.has("token")) {
       builder.token(call.get("token").getAsString());
@@ -99,7 +94,7 @@ public final class Adapter {
     return builder.build();
   }
 
-  private static void addTls(LdaClientBuilder builder, JsonObject tls) throws IOException {
+  private static void addTls(LdaClientBuilder builder, JsonObject tls) {
     builder.tls();
     if (tls.has("ca")) {
       builder.caCertificate(path(tls, "ca"));

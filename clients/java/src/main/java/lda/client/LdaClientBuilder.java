@@ -43,7 +43,10 @@ public final class LdaClientBuilder {
   Duration connectTimeout;
   Duration totalTimeout;
   Duration lookupTimeout = Duration.ofSeconds(30);
-  private TlsChannelCredentials.Builder tls;
+  private boolean isTls;
+  private Path caCertificate;
+  private Path clientCertificate;
+  private Path clientKey;
   private String serverName;
 
   LdaClientBuilder() {}
@@ -62,22 +65,21 @@ public final class LdaClientBuilder {
 
   /** Speak TLS, and trust the authorities that Java trusts unless {@link #caCertificate} names one. */
   public LdaClientBuilder tls() {
-    tls = tls == null ? TlsChannelCredentials.newBuilder() : tls;
+    isTls = true;
     return this;
   }
 
   /** Speak TLS, and trust the servers of this authority: a PEM file. */
-  public LdaClientBuilder caCertificate(Path certificate) throws IOException {
-    tls();
-    tls.trustManager(certificate.toFile());
-    return this;
+  public LdaClientBuilder caCertificate(Path certificate) {
+    caCertificate = Objects.requireNonNull(certificate);
+    return tls();
   }
 
   /** Speak TLS, and show this certificate: PEM files, the key in PKCS #8 ({@code openssl pkcs8 -topk8 -nocrypt}). */
-  public LdaClientBuilder clientCertificate(Path certificate, Path key) throws IOException {
-    tls();
-    tls.keyManager(certificate.toFile(), key.toFile());
-    return this;
+  public LdaClientBuilder clientCertificate(Path certificate, Path key) {
+    clientCertificate = Objects.requireNonNull(certificate);
+    clientKey = Objects.requireNonNull(key);
+    return tls();
   }
 
   /** The name that the certificate of the server must carry, if it is not that of the target. */
@@ -107,15 +109,15 @@ public final class LdaClientBuilder {
   /**
    * The client. It connects at its first call.
    *
-   * @throws IllegalArgumentException if the target, the certificate or the key cannot be read
+   * @throws IllegalArgumentException if the target, a certificate or the key cannot be read
+   * @throws IllegalStateException if TLS is asked for and the netty of this program cannot speak it
    */
   public LdaClient build() {
     return new LdaClient(channel(), this);
   }
 
   private ManagedChannel channel() {
-    ChannelCredentials credentials = tls == null ? InsecureChannelCredentials.create() : tls.build();
-    ManagedChannelBuilder<?> builder = Grpc.newChannelBuilder(target, credentials);
+    ManagedChannelBuilder<?> builder = channelBuilder(isTls ? tlsCredentials() : InsecureChannelCredentials.create());
     if (serverName != null) {
       builder.overrideAuthority(serverName);
     }
@@ -131,6 +133,30 @@ public final class LdaClientBuilder {
         .keepAliveTime(KEEPALIVE_S, TimeUnit.SECONDS)
         .keepAliveTimeout(KEEPALIVE_TIMEOUT_S, TimeUnit.SECONDS)
         .build();
+  }
+
+  private ManagedChannelBuilder<?> channelBuilder(ChannelCredentials credentials) {
+    try {
+      return Grpc.newChannelBuilder(target, credentials);
+    } catch (UnsupportedOperationException missing) {
+      String remedy = "on Debian install libnetty-tcnative-java and take the class path of build/classpath";
+      throw new IllegalStateException("This netty cannot speak HTTP/2 over TLS: " + remedy + ".", missing);
+    }
+  }
+
+  private ChannelCredentials tlsCredentials() {
+    TlsChannelCredentials.Builder tls = TlsChannelCredentials.newBuilder();
+    try {
+      if (caCertificate != null) {
+        tls.trustManager(caCertificate.toFile());
+      }
+      if (clientCertificate != null) {
+        tls.keyManager(clientCertificate.toFile(), clientKey.toFile());
+      }
+    } catch (IOException error) {
+      throw new IllegalArgumentException("A certificate or key cannot be read: " + error.getMessage(), error);
+    }
+    return tls.build();
   }
 
   static Duration positive(Duration timeout) {
