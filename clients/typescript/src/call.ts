@@ -68,13 +68,30 @@ export class Call<E> {
     for (let failures = 0; ; failures++) {
       try {
         this.#checkOpen();
-        yield* this.#attempt(this.#connectOptions());
+        yield* this.#once();
         return;
       } catch (thrown) {
         const error = this.#errorFrom(thrown);
         const last = this.#answered || error.code !== "UNAVAILABLE" || failures + 1 >= ATTEMPTS_MAX;
         if (last) throw error;
         await this.#pause(backoffMs(failures));
+      }
+    }
+  }
+
+  async *#once(): AsyncGenerator<E, void, undefined> {
+    const messages = this.#attempt(this.#connectOptions())[Symbol.asyncIterator]();
+    let handedOut = false;
+    try {
+      for (let step = await messages.next(); !step.done; step = await messages.next()) {
+        handedOut = true;
+        yield step.value;
+        handedOut = false;
+      }
+    } finally {
+      if (handedOut) {
+        this.#leave.abort();
+        void drain(messages);
       }
     }
   }
@@ -125,6 +142,18 @@ export class Call<E> {
       const timer = setTimeout(done, Math.min(delayMs, this.#deadline - Date.now()));
       signal.addEventListener("abort", done);
     });
+  }
+}
+
+/**
+ * Read on to the error that an aborted call ends with, past what had arrived before. connect-es stops its timer of the
+ * deadline only there, and a timer keeps the process from its end.
+ */
+async function drain(messages: AsyncIterator<unknown>): Promise<void> {
+  try {
+    while (!(await messages.next()).done);
+  } catch {
+    // This is the error.
   }
 }
 

@@ -2,6 +2,7 @@
 import { create, type DescMessage, type MessageInitShape, type MessageShape, toBinary } from "@bufbuild/protobuf";
 import { type Client, createClient, type Transport } from "@connectrpc/connect";
 import { type Attempt, Call, type CallContext, type CallOptions } from "./call.js";
+import { StreamBroken } from "./errors.js";
 import { type Completion, GenerateReader, ScoreReader } from "./gather.js";
 import {
   type GenerateBothRequest,
@@ -120,8 +121,8 @@ export class LdaClient implements AsyncDisposable {
   async #lookup<R>(ask: (options: ConnectOptions) => Promise<R>, options: CallOptions): Promise<R> {
     const timeoutMs = options.timeoutMs ?? this.#options.lookupTimeoutMs ?? LOOKUP_TIMEOUT_MS;
     const call = new Call((connect) => once(ask(connect)), this.#context, { ...options, timeoutMs });
-    const answer = await call.messages().next();
-    return answer.value as R;
+    for await (const answer of call.messages()) return answer;
+    throw new StreamBroken("The server ended the call with OK, but without an answer.");
   }
 }
 

@@ -190,7 +190,7 @@ const ERRORS_BY_CODE: ReadonlyMap<Code, ErrorClass> = new Map<Code, ErrorClass>(
 export function errorFrom(thrown: unknown, target: string, answered: boolean): LdaClientError {
   if (thrown instanceof LdaClientError) return thrown;
   const error = ConnectError.from(thrown);
-  const code = statusReceived(error) || !connectionLost(error) ? error.code : Code.Unavailable;
+  const code = connectionLost(error) ? Code.Unavailable : error.code;
   const facts = { ...detailsOf(error), code: codeName(code), cause: thrown };
   if (code === Code.Unavailable && facts.reason === undefined) {
     return new ServerAway(awayMessage(error.rawMessage, target, answered), facts);
@@ -199,16 +199,16 @@ export function errorFrom(thrown: unknown, target: string, answered: boolean): L
   return new kind(error.rawMessage || facts.code, facts);
 }
 
-function statusReceived(error: ConnectError): boolean {
-  return error.metadata.has("grpc-status");
-}
+/** Codes under which connect-es reports what happened to sockets, TLS and `fetch`. */
+const CONNECTION_CODES: ReadonlySet<Code> = new Set([Code.Unknown, Code.Internal, Code.Aborted, Code.Canceled]);
 
 /**
  * Whether this error stands for a connection that did not come up or broke, which every gRPC library calls
- * UNAVAILABLE. Here sockets, TLS and `fetch` are the cause of errors with several codes; Node resets the streams of a
- * lost connection with CANCEL, which is never our own: who leaves a stream does not ask how it ended.
+ * UNAVAILABLE. Node resets the streams of a lost connection with CANCEL; that is never our own, since whoever leaves a
+ * stream does not ask how it ended.
  */
 function connectionLost(error: ConnectError): boolean {
+  if (error.metadata.has("grpc-status") || !CONNECTION_CODES.has(error.code)) return false;
   return error.cause instanceof Error || /closed with error code CANCEL|missing (status|trailer)/.test(error.message);
 }
 
