@@ -182,7 +182,7 @@ public final class LdaClient implements AutoCloseable {
       return latch.await(nanos, TimeUnit.NANOSECONDS);
     } catch (InterruptedException interrupt) {
       Thread.currentThread().interrupt();
-      return false;
+      throw new Aborted(ErrorFacts.ofMessage("The thread was interrupted while it waited for a connection."));
     }
   }
 

@@ -134,7 +134,8 @@ public class ErrorsTest {
     var garbage = Errors.of(new StatusRuntimeException(Status.ABORTED.withDescription("Over."), trailers), "t", false);
     assertSame(Aborted.class, garbage.getClass());
     assertEquals("Over.", garbage.getMessage());
-    var broken = Any.newBuilder().setTypeUrl("x/google.rpc.ErrorInfo").setValue(ByteString.copyFromUtf8("\377")).build();
+    var value = ByteString.copyFrom(new byte[] {-1});
+    var broken = Any.newBuilder().setTypeUrl("x/google.rpc.ErrorInfo").setValue(value).build();
     assertSame(Exhausted.class, Errors.of(packed(Status.RESOURCE_EXHAUSTED, List.of(broken)), "t", false).getClass());
   }
 

@@ -68,7 +68,12 @@ final class ScriptedServer extends LdaServiceGrpc.LdaServiceImplBase implements 
 
   ScriptedServer(ServerCredentials credentials) throws IOException {
     var address = new InetSocketAddress(InetAddress.getLoopbackAddress(), 0);
-    server = NettyServerBuilder.forAddress(address, credentials).addService(this).intercept(new Recorder()).build().start();
+    server =
+        NettyServerBuilder.forAddress(address, credentials)
+            .addService(this)
+            .intercept(new Recorder())
+            .build()
+            .start();
   }
 
   ScriptedServer play(Script script) {
