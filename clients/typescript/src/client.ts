@@ -67,14 +67,14 @@ export class LdaClient implements AsyncDisposable {
   generate(request: GenerateInit, options: CallOptions = {}): GenerateStream<GenerateLDAResponse> {
     const message: GenerateLDARequest = checked(GenerateLDARequestSchema, request);
     const call = this.#stream((connect) => this.#service.generateLDA(message, connect), options);
-    return new GenerateStream(call, new GenerateReader(message.output?.scoreAlphas));
+    return new GenerateStream(call, new GenerateReader(1, message.output?.scoreAlphas));
   }
 
   /** Stream text sampled from each model on its own; `role` tells them apart. */
   generateBoth(request: GenerateBothInit, options: CallOptions = {}): GenerateStream<GenerateBothResponse> {
     const message: GenerateBothRequest = checked(GenerateBothRequestSchema, request);
     const call = this.#stream((connect) => this.#service.generateBoth(message, connect), options);
-    return new GenerateStream(call, new GenerateReader(message.output?.scoreAlphas));
+    return new GenerateStream(call, new GenerateReader(2, message.output?.scoreAlphas));
   }
 
   /** Teacher-force a continuation through both models: a stream of blocks, `gather()` for the whole. */

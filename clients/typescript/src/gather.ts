@@ -76,9 +76,12 @@ export class GenerateReader<E extends GenerateEvent> implements Reader<E, Comple
   readonly #finished = new Set<string>();
   readonly #running = new Map<string, Sequence>();
   readonly #completions: Completion[] = [];
+  readonly #roles: number;
   readonly #scoreAlphas: readonly number[];
 
-  constructor(scoreAlphas: readonly number[] = []) {
+  /** @param roles how many models draw: the announced sequences are shared out among them. */
+  constructor(roles: number, scoreAlphas: readonly number[] = []) {
+    this.#roles = roles;
     this.#scoreAlphas = scoreAlphas;
   }
 
@@ -123,7 +126,9 @@ export class GenerateReader<E extends GenerateEvent> implements Reader<E, Comple
 
   #checkRunning(event: TokenDelta | Finished): void {
     check(this.started !== undefined, "it did not begin with `started`");
-    check(!this.#finished.has(key(event)), `sequence ${event.sequenceIndex} went on after it had finished`);
+    const { sequenceIndex } = event;
+    check(sequenceIndex < this.started.sequenceCount / this.#roles, `sequence ${sequenceIndex} was never announced`);
+    check(!this.#finished.has(key(event)), `sequence ${sequenceIndex} went on after it had finished`);
   }
 
   #sequence(event: TokenDelta | Finished): Sequence {

@@ -120,6 +120,7 @@ const BROKEN: Record<string, EventInit[]> = {
   "an end before every sequence has finished": [started({ sequenceCount: 2 }), delta("a"), finished()],
   "a delta after its sequence has finished": [started(), finished(), delta("a")],
   "a sequence that finishes twice": [started(), finished(), finished()],
+  "the end of another sequence than the announced one": [started(), finished(5)],
   "more sequences than announced": [started(), finished(0), finished(1)],
 };
 for (const [what, events] of Object.entries(BROKEN)) {
