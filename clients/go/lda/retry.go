@@ -99,11 +99,10 @@ func retryStream(ctx context.Context, desc *grpc.StreamDesc, conn *grpc.ClientCo
 // retryingStream is a call with one request. It begins again until the server answers with anything but UNAVAILABLE.
 type retryingStream struct {
 	grpc.ClientStream
-	ctx       context.Context
-	open      func() (grpc.ClientStream, error)
-	request   interface{}
-	failed    attempts
-	committed bool
+	ctx     context.Context
+	open    func() (grpc.ClientStream, error)
+	request interface{}
+	failed  attempts
 }
 
 func (s *retryingStream) begin() error {
@@ -127,7 +126,7 @@ func (s *retryingStream) SendMsg(message interface{}) error {
 func (s *retryingStream) RecvMsg(message interface{}) error {
 	for {
 		err := s.ClientStream.RecvMsg(message)
-		if s.committed = s.committed || err == nil || s.hasHeader(); s.committed {
+		if err == nil || s.hasHeader() {
 			return err
 		}
 		if err := s.failed.next(s.ctx, err); err != nil {
@@ -139,7 +138,7 @@ func (s *retryingStream) RecvMsg(message interface{}) error {
 	}
 }
 
-// hasHeader tells whether the server began to answer, after which gRPC retries nothing.
+// hasHeader tells whether the server began to answer, after which gRPC retries nothing. Events follow the header.
 func (s *retryingStream) hasHeader() bool {
 	header, err := s.ClientStream.Header()
 	return err == nil && len(header) > 0

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -50,13 +51,15 @@ func (s *scripted) Score(_ *ldav1.ScoreRequest, stream ldav1.LdaService_ScoreSer
 	return s.next(stream.Context())(stream)
 }
 
-// unary has no stream to send on; its answer is fixed.
+// unary is a short call to a script; its answer is fixed.
 type unary struct {
 	grpc.ServerStream
 	ctx context.Context
 }
 
 func (u unary) Context() context.Context { return u.ctx }
+
+func (u unary) SendHeader(header metadata.MD) error { return grpc.SendHeader(u.ctx, header) }
 
 func (s *scripted) GetModelPair(ctx context.Context, _ *ldav1.GetModelPairRequest) (*ldav1.GetModelPairResponse, error) {
 	return &ldav1.GetModelPairResponse{Device: "cpu"}, s.next(ctx)(unary{ctx: ctx})
