@@ -121,8 +121,8 @@ class Fleet:
         """Raise PairsDiffer if a server holds another pair than the survey is of."""
         if fingerprint != self.fingerprint:
             raise PairsDiffer(
-                f"{endpoint.target} now holds another pair ({fingerprint}) than this survey is of ({self.fingerprint}); "
-                "leave it out, or let it serve the pair again."
+                f"{endpoint.target} now holds another pair ({fingerprint}) than this survey is of "
+                f"({self.fingerprint}); leave it out, or let it serve the pair again."
             )
 
     @contextmanager
@@ -238,7 +238,9 @@ class Work(Generic[JobT, ResultT]):
             return
         self._attempts[job] = self._attempts.get(job, 0) + 1
         if self._attempts[job] >= ATTEMPTS_MAX:
-            self._stop(SurveyFailed(f"One call failed {ATTEMPTS_MAX} times, the last time at {endpoint.target}: {error}"))
+            self._stop(
+                SurveyFailed(f"One call failed {ATTEMPTS_MAX} times, the last time at {endpoint.target}: {error}")
+            )
         elif isinstance(error, lda_client.Unavailable | lda_client.Aborted | lda_client.DeadlineExceeded):
             self._set_aside(endpoint, "away", error, probe=True)
 
@@ -260,7 +262,9 @@ class Work(Generic[JobT, ResultT]):
         while True:
             if self._is_given_up(error):
                 self._stop(
-                    SurveyFailed(f"No server did anything for {self._fleet.patience_s:g} s; last, {endpoint.target}: {error}")
+                    SurveyFailed(
+                        f"No server did anything for {self._fleet.patience_s:g} s; last, {endpoint.target}: {error}"
+                    )
                 )
                 return
             await asyncio.sleep(rest_s)

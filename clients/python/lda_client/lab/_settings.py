@@ -1,9 +1,9 @@
 """What a survey draws: its settings, the chunks they come to, and which of them an estimator can live with.
 
 Pure: nothing of servers and files. A chunk is one call that draws several sequences of one prompt at one alpha. Its
-seed is a function of the survey's seed, the prompt's id, the alpha and the chunk's index alone, so a chunk that is drawn
-again, by whatever server of the same pair and after whatever interruption, is the same chunk. Seeds differ between
-alphas on purpose: with one seed the server gives two alphas the same noise, and estimates that pool alphas need
+seed is a function of the survey's seed, the prompt's id, the alpha and the chunk's index alone. So a chunk that is
+drawn again, by whatever server of the same pair and after whatever interruption, is the same chunk. Seeds differ
+between alphas on purpose: with one seed the server gives two alphas the same noise, and estimates that pool alphas need
 rollouts that are independent.
 """
 
@@ -27,38 +27,24 @@ SEQUENCES_MAX = 1024
 # Half the distance over which the slope of log q in alpha is taken.
 SLOPE_STEP = 0.05
 
-_BREAKS = {
-    "top_p": (
-        lambda value: value < 1,
-        "top_p below 1 cuts off the tail, where rare behaviour lives, and the scores that weight rollouts back to alpha "
-        "0 are taken without it",
-    ),
-    "top_k": (
-        lambda value: value > 0,
-        "top_k cuts off the tail, where rare behaviour lives, and the scores are taken without it",
-    ),
-    "min_p": (
-        lambda value: value > 0,
-        "min_p cuts off the tail, where rare behaviour lives, and the scores are taken without it",
-    ),
-    "plausibility": (
-        lambda value: value > 0,
-        "plausibility forbids other tokens at each alpha, and the scores are taken without it",
-    ),
+_UNSEEN = "cuts off the tail, where rare behaviour lives, and the scores are taken without it"
+# Settings that estimators cannot live with: the value that does no harm, and what any other one does.
+_HARMS: dict[str, tuple[float, str]] = {
+    "top_p": (1.0, f"top_p below 1 {_UNSEEN}"),
+    "top_k": (0, f"top_k {_UNSEEN}"),
+    "min_p": (0.0, f"min_p {_UNSEEN}"),
+    "plausibility": (0.0, "plausibility forbids other tokens at each alpha, and the scores are taken without it"),
     "min_new_tokens": (
-        lambda value: value > 0,
+        0,
         "min_new_tokens forbids an early end, so the rate would be that of a model that cannot end there",
     ),
     "ignore_eos": (
-        lambda value: value,
-        "ignore_eos goes on after the end, so hits in text that no user would see would count, and every token after "
-        "the end adds noise to the weights",
-    ),
-    "temperature": (
-        lambda value: value == 0,
-        "temperature 0 is greedy: there is one rollout for each prompt, and no rate",
+        False,
+        "ignore_eos goes on after the end, so hits in text that no user sees would count, and every token after the "
+        "end adds noise to the weights",
     ),
 }
+_GREEDY = "temperature 0 is greedy: there is one rollout for each prompt, and no rate"
 
 
 class Chunk(NamedTuple):
@@ -128,7 +114,8 @@ class SurveySettings:
         self._check_alphas()
         _require(self.rollouts >= 1, "rollouts: draw at least one.")
         _require(
-            1 <= self.chunk_size <= SEQUENCES_MAX, f"chunk_size: one call draws between 1 and {SEQUENCES_MAX} sequences."
+            1 <= self.chunk_size <= SEQUENCES_MAX,
+            f"chunk_size: one call draws between 1 and {SEQUENCES_MAX} sequences.",
         )
         _require(0 <= self.seed < 1 << 64, "seed: give a whole number of 64 bits.")
         greedy = self.temperature == 0
@@ -169,7 +156,8 @@ class SurveySettings:
     @property
     def refusals(self) -> list[str]:
         """Why no estimator can use what these settings draw; empty if it can."""
-        return [reason for name, (breaks, reason) in _BREAKS.items() if breaks(getattr(self, name))]
+        harms = [harm for name, (harmless, harm) in _HARMS.items() if getattr(self, name) != harmless]
+        return harms if self.temperature else [*harms, _GREEDY]
 
     def require_estimable(self) -> None:
         """Raise SettingsError if an estimate is wanted and these settings would break it."""

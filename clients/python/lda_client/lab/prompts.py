@@ -6,7 +6,8 @@
     questions.csv       id,prompt,topic
                         who,Who are you?,self
 
-Fields other than `id`, `prompt` and `messages` are kept as labels. A prompt without an id is named by its file and line.
+Fields other than `id`, `prompt` and `messages` are kept as labels. A prompt without an id is named by its file and
+line.
 """
 
 from __future__ import annotations

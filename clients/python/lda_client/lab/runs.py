@@ -31,7 +31,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lda_client import StreamBroken
-from lda_client._gather import reason_name
 from lda_client.lab._errors import RunError
 from lda_client.lab._files import replacing, write_text
 from lda_client.lab._settings import SurveySettings
@@ -344,5 +343,10 @@ def _groups(journal: Journal, schema: pa.Schema) -> Iterator[list[pa.RecordBatch
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(
-        path, schema, version="2.6", compression="zstd", compression_level=3, use_dictionary=["prompt_id", "finish_reason"]
+        path,
+        schema,
+        version="2.6",
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=["prompt_id", "finish_reason"],
     )

@@ -211,7 +211,9 @@ class _Sitting:
         if manifest_path(self._folder).exists():
             run = Run.open(self._folder)
             return run if run.has_begun else None
-        others = sorted(path.name for path in self._folder.iterdir() if path.name[0] != "." and path.name != "prompts.jsonl")
+        others = sorted(
+            path.name for path in self._folder.iterdir() if path.name[0] != "." and path.name != "prompts.jsonl"
+        )
         if others:
             raise RunError(f"{self._folder}: holds other files, such as {others[0]}; give a new folder.")
         return None
@@ -248,7 +250,7 @@ class _Sitting:
         for alpha in (*settings.alphas, *settings.score_alphas):
             if not limits.min_alpha <= alpha <= limits.max_alpha:
                 raise SettingsError(
-                    f"alphas: {alpha:g} is outside of {limits.min_alpha:g} to {limits.max_alpha:g}, which the server allows."
+                    f"alphas: the server allows {limits.min_alpha:g} to {limits.max_alpha:g}, and not {alpha:g}."
                 )
 
     async def _admit(self, endpoint: Endpoint, prompt: int) -> None:
@@ -365,7 +367,8 @@ def _require_same(run: Run, begun: Manifest, prompts: Sequence[Prompt]) -> None:
         was = run.manifest.pair
         raise PairsDiffer(
             f"{run.path}: was drawn from {was['after']['model_id']} vs {was['before']['model_id']} "
-            f"({was['fingerprint']}), and the server holds another pair ({begun.pair['fingerprint']}). Give a new folder."
+            f"({was['fingerprint']}), and the server holds another pair ({begun.pair['fingerprint']}). "
+            "Give a new folder."
         )
 
 
