@@ -91,15 +91,19 @@ void RunStream(Stream stream, const json& call, json* answer) {
   (*answer)["ended"] = "cancelled";
 }
 
+// As proto3 JSON does it: the name, or the number of a value that only a newer server knows.
+json EnumToJson(const std::string& name, int number) { return name.empty() ? json(number) : json(name); }
+
 json SequenceToJson(const lda::Completion& sequence, const lda::Completions& whole) {
   json ids = json::array();
   for (const v1::Token& token : sequence.tokens) ids.push_back(token.id());
-  return {{"sequenceIndex", sequence.finished.sequence_index()},
-          {"role", v1::ModelRole_Name(sequence.finished.role())},
+  const v1::Finished& finished = sequence.finished;
+  return {{"sequenceIndex", finished.sequence_index()},
+          {"role", EnumToJson(v1::ModelRole_Name(finished.role()), finished.role())},
           {"text", sequence.text},
           {"tokenIds", ids},
-          {"reason", v1::FinishReason_Name(sequence.finished.reason())},
-          {"stopString", sequence.finished.stop_string()},
+          {"reason", EnumToJson(v1::FinishReason_Name(finished.reason()), finished.reason())},
+          {"stopString", finished.stop_string()},
           {"seed", std::to_string(whole.started.seed())}};
 }
 

@@ -8,11 +8,6 @@
 
 namespace {
 
-const lda::v1::Prompt& Question() {
-  static const auto& prompt = *new lda::v1::Prompt(lda::Chat({{"user", "What is the Japanese word for moon?"}}));
-  return prompt;
-}
-
 // section:kl
 // How far apart the two models are along a sequence, in nats per token.
 double MeanKl(const std::vector<lda::v1::Token>& tokens) {
@@ -23,30 +18,36 @@ double MeanKl(const std::vector<lda::v1::Token>& tokens) {
 // endsection:kl
 
 // What the after model says by itself.
-std::string AfterText(const lda::Client& client) {
+std::string AfterText(const lda::Client& client, const lda::v1::Prompt& prompt) {
+  std::string after_text;
   // section:both
   lda::v1::GenerateBothRequest request;
-  *request.mutable_prompt() = Question();
+  *request.mutable_prompt() = prompt;
   request.mutable_sampling()->set_seed(7);
   request.mutable_sampling()->set_temperature(0);
-  for (const lda::Completion& each : client.GenerateBoth(request).Gather().sequences) {
-    if (each.finished.role() == lda::v1::MODEL_ROLE_AFTER) return each.text;
+
+  const lda::Completions both = client.GenerateBoth(request).Gather();
+  for (const lda::Completion& each : both.sequences) {
+    std::cout << lda::v1::ModelRole_Name(each.finished.role()) << ": " << each.text << "\n";
+    if (each.finished.role() == lda::v1::MODEL_ROLE_AFTER) after_text = each.text;
   }
   // endsection:both
-  return "";
+  return after_text;
 }
 
 }  // namespace
 
 int main() {
   const lda::Client client(Target());
+  const lda::v1::Prompt prompt = lda::Chat({{"user", "What is the Japanese word for moon?"}});
   std::vector<std::string> texts;
   // section:sweep
   lda::v1::GenerateLDARequest request;
-  *request.mutable_prompt() = Question();
+  *request.mutable_prompt() = prompt;
   request.mutable_sampling()->set_seed(7);
   request.mutable_sampling()->set_temperature(0);
   request.mutable_output()->set_diagnostics(true);
+
   for (const float alpha : {0.0f, 0.5f, 1.0f}) {
     request.set_alpha(alpha);
     const lda::Completion drawn = client.Complete(request).sequences.at(0);
@@ -55,6 +56,6 @@ int main() {
   }
   // endsection:sweep
 
-  Require(texts.at(0) == AfterText(client), "alpha 0 is the after model");
+  Require(texts.at(0) == AfterText(client, prompt), "alpha 0 is the after model");
   std::cout << "ok" << std::endl;
 }

@@ -1,12 +1,14 @@
 // Draws two completions.
 #include <iostream>
+#include <string>
 
 #include "lda/client.h"
 #include "sample.h"
 
 int main() {
+  const std::string target = Target();
   // section:complete
-  const lda::Client client(Target());
+  const lda::Client client(target);
   lda::v1::GenerateLDARequest request;
   *request.mutable_prompt() = lda::Chat({{"user", "What is the Japanese word for moon?"}});
   request.set_alpha(0.5);

@@ -271,7 +271,7 @@ TEST_F(ClientTest, StreamsOutliveTheClient) {
   EXPECT_EQ(stream.Gather().sequences.size(), 1u);
 }
 
-// Nobody at the target is ServerAway: at once from a stream, after `connect` where a connection is waited for.
+// Nobody at the target is ServerAway: after the retries of a call, after `connect` where a connection is waited for.
 TEST(Client, ServerAway) {
   const std::string nobody = "127.0.0.1:1";
   EXPECT_THROW(Client(nobody).Generate(Request()).Next(), lda::ServerAway);
