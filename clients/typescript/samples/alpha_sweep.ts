@@ -4,19 +4,19 @@ import { type Completion, ModelRole, text } from "@lda/client";
 import { connectNode } from "@lda/client/node";
 
 const client = connectNode(process.env.LDA_TARGET ?? "127.0.0.1:50051");
+// section:alpha_sweep
 const shared = {
   prompt: text("Good morning"),
   sampling: { seed: 7n, temperature: 0 },
   stopping: { maxNewTokens: 40 },
 };
 
-// section:alpha_sweep
 const texts = new Map<number, string>();
 for (const alpha of [0, 0.5, 1]) {
-  const [completion] = await client.complete({ ...shared, alpha, output: { diagnostics: true } });
-  if (!completion) throw new Error("one sequence was asked for");
-  console.log(`alpha ${alpha}, mean KL ${meanKl(completion).toFixed(3)}:`, completion.text);
-  texts.set(alpha, completion.text);
+  for (const completion of await client.complete({ ...shared, alpha, output: { diagnostics: true } })) {
+    console.log(`alpha ${alpha}, mean KL ${meanKl(completion).toFixed(3)}:`, completion.text);
+    texts.set(alpha, completion.text);
+  }
 }
 
 /** How far apart the two models are, in nats per token. */

@@ -1,4 +1,5 @@
 /** Draw two completions of a prompt. */
+import assert from "node:assert/strict";
 // section:basic
 import { FinishReason, text } from "@lda/client";
 import { connectNode } from "@lda/client/node";
@@ -15,7 +16,6 @@ for (const { sequenceIndex, reason, text } of completions) {
   console.log(sequenceIndex, FinishReason[reason], text);
 }
 // endsection:basic
-import assert from "node:assert/strict";
 
 assert.equal(completions.length, 2);
 for (const completion of completions) {

@@ -5,9 +5,8 @@ import { text } from "@lda/client";
 import { connectNode } from "@lda/client/node";
 
 const client = connectNode(process.env.LDA_TARGET ?? "127.0.0.1:50051");
-const request = { prompt: text("Good morning"), stopping: { maxNewTokens: 400, ignoreEos: true } };
-
 // section:cancel
+const request = { prompt: text("Good morning"), stopping: { maxNewTokens: 400, ignoreEos: true } };
 let tokens = 0;
 const stream = client.generate(request);
 for await (const { event } of stream) {

@@ -4,11 +4,10 @@ import { text } from "@lda/client";
 import { connectNode } from "@lda/client/node";
 
 const client = connectNode(process.env.LDA_TARGET ?? "127.0.0.1:50051");
-const request = { prompt: text("Good morning"), alpha: 0.5, sampling: { seed: 7n }, stopping: { maxNewTokens: 40 } };
-
-let printed = "";
 // section:stream
+const request = { prompt: text("Good morning"), alpha: 0.5, sampling: { seed: 7n }, stopping: { maxNewTokens: 40 } };
 const stream = client.generate(request);
+let printed = "";
 for await (const piece of stream.text()) {
   process.stdout.write(piece.text);
   printed += piece.text;

@@ -9,8 +9,21 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import { fileURLToPath } from "node:url";
-import { promisify } from "node:util";
-import { clientOf, delta, errorOf, finished, handlerOf, listen, plays, REQUEST, serve, started } from "./harness.js";
+import { inspect, promisify } from "node:util";
+import {
+  clientOf,
+  delta,
+  errorOf,
+  finished,
+  handlerOf,
+  holdUntilCancelled,
+  latch,
+  listen,
+  plays,
+  REQUEST,
+  serve,
+  started,
+} from "./harness.js";
 
 const PACKAGE = fileURLToPath(new URL("../..", import.meta.url));
 const ANSWERS = { getModelPair: () => ({ device: "cpu" }) };
@@ -98,6 +111,27 @@ test("a program ends by itself once its calls have ended, though it never closed
   assert.equal((await run).stdout, "last line\n");
 });
 
+test("a silent call is kept alive by a ping every 30 s", async (t) => {
+  const pinged = latch();
+  const server = http2.createServer(
+    handlerOf({
+      async *generateLDA(_, context) {
+        yield create(GenerateLDAResponseSchema, started());
+        await holdUntilCancelled(context, latch());
+      },
+    }),
+  );
+  server.on("session", (session) => session.on("ping", pinged.open));
+  t.mock.timers.enable({ apis: ["setTimeout"] });
+  const client = connectNode(await listen(t, server));
+  t.after(() => client.close());
+  const stream = client.generate(REQUEST);
+  await stream.next();
+  t.mock.timers.tick(30_000);
+  await pinged.opened;
+  await stream.close();
+});
+
 test("a closed client connects again when it is asked again", async (t) => {
   const client = await clientOf(t, ANSWERS);
   await client.modelPair();
@@ -112,7 +146,6 @@ for (const target of ["", "http://127.0.0.1:50051", "host:port", "host/path"]) {
 }
 
 test("what has a token or a key does not show it when it is printed", async (t) => {
-  const { inspect } = await import("node:util");
   const client = await clientOf(t, ANSWERS, { token: "secret" });
   assert.ok(!inspect(client, { depth: 10 }).includes("secret"));
 });
