@@ -165,6 +165,27 @@ def test_a_silent_adapter_is_given_up(running, tmp_path, monkeypatch):
     assert outcome.findings[0].startswith("no answer within 0.3 s")
 
 
+LEAVES_NOTHING = """
+import grpc
+from google.protobuf.json_format import MessageToDict
+from lda_client.gen.lda.v1 import lda_service_pb2 as pb
+from lda_client.gen.lda.v1.lda_service_pb2_grpc import LdaServiceStub
+stub = LdaServiceStub(grpc.insecure_channel(call["target"]))
+stream = stub.GenerateLDA(pb.GenerateLDARequest(prompt=pb.Prompt(text="hold")))
+kept = [*globals().get("kept", ()), stream]
+events = [MessageToDict(next(stream))]
+print(json.dumps({"id": call["id"], "ended": "cancelled", "events": events, "error": None}), flush=True)
+"""
+
+
+def test_a_call_that_was_not_cancelled_is_found(running, tmp_path, monkeypatch):
+    """Leaving is looked for on the server, and what was left open disturbs no later case."""
+    monkeypatch.setattr(servers, "SETTLE_S", 1.0)
+    (case,) = [case for case in CASES if case.name == "leave_after_started"]
+    outcomes = run.run_cases([case, case], fake_adapter(tmp_path, LEAVES_NOTHING), running)
+    assert ["was not cancelled on the server" in str(each.findings) for each in outcomes] == [True, True]
+
+
 def test_missing_tools_and_builds(running, monkeypatch):
     """A client without its toolchain is left out, or fails if that is asked; one that is not built fails."""
     monkeypatch.delenv("CI", raising=False)

@@ -71,13 +71,17 @@ class Adapter:
     """A running adapter. Once it has failed, every further call fails with the same words."""
 
     def __init__(self, client: Client) -> None:
+        self._client = client
+        self._start()
+
+    def _start(self) -> None:
         self._failure: str | None = None
         self._lines: queue.Queue[str] = queue.Queue()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process: subprocess.Popen[str] | None = subprocess.Popen(
-                resolved(client.adapter),
-                cwd=ROOT / client.folder,
+                resolved(self._client.adapter),
+                cwd=ROOT / self._client.folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -86,14 +90,20 @@ class Adapter:
         except OSError as error:
             self._process, self._failure = None, f"the adapter cannot be started ({error}); build the client first"
             return
-        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._read, args=(self._process, self._lines), daemon=True).start()
 
-    def _read(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
+    @staticmethod
+    def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put("")
+
+    def restart(self) -> None:
+        """Begin afresh where an answer may still be on its way; an adapter that has failed stays so."""
+        if self._failure is None:
+            self.close()
+            self._start()
 
     def send(self, call: dict[str, Any]) -> None:
         """Ask. Raises AdapterFailed."""
