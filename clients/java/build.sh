@@ -12,9 +12,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 readonly jars=/usr/share/java
 readonly libraries=$(printf "$jars/%s.jar:" \
-  grpc-api grpc-context grpc-core grpc-netty grpc-protobuf grpc-protobuf-lite grpc-stub protobuf protobuf-util guava \
-  gson perfmark-api opencensus-api error-prone-annotations jsr305 geronimo-annotation-1.3-spec netty-buffer netty-codec \
-  netty-codec-http netty-codec-http2 netty-common netty-handler netty-resolver netty-transport netty-tcnative \
+  grpc-api grpc-context grpc-core grpc-netty grpc-protobuf grpc-protobuf-lite grpc-stub protobuf protobuf-util \
+  guava gson perfmark-api opencensus-api error-prone-annotations jsr305 geronimo-annotation-1.3-spec netty-buffer \
+  netty-codec netty-codec-http netty-codec-http2 netty-common netty-handler netty-resolver netty-transport netty-tcnative \
   junit4 hamcrest)
 # Debian's netty has TLS with HTTP/2 through OpenSSL alone, and looks for the native library under another name.
 readonly native=$PWD/build/native
@@ -30,13 +30,13 @@ compile() {
 
 sources() { find "$@" -name '*.java'; }
 
-# launcher FILE CLASSPATH ARGUMENTS: a script that runs java from anywhere.
+# launcher FILE ARGUMENTS: a script that runs java from anywhere.
 launcher() {
-  printf '#!/bin/sh\nexec java -cp "%s" %s "$@"\n' "$2" "$3" >"$1"
+  printf '#!/bin/sh\nexec java -cp "%s" %s "$@"\n' "$programs" "$2" >"$1"
   chmod +x "$1"
 }
 
-rm -rf build/main build/conformance build/samples build/test-classes
+rm -rf build/main build/programs build/samples
 # Seconds of work that change with the contract alone.
 if [ ! -e build/gen.stamp ] || [ -n "$(find src/gen build.sh -newer build/gen.stamp)" ]; then
   rm -rf build/gen
@@ -44,18 +44,17 @@ if [ ! -e build/gen.stamp ] || [ -n "$(find src/gen build.sh -newer build/gen.st
   touch build/gen.stamp
 fi
 compile build/main "build/gen:$libraries" "${strict[@]}" $(sources src/main)
-compile build/conformance "build/main:build/gen:$libraries" "${strict[@]}" $(sources src/conformance)
-compile build/samples/classes "build/main:build/gen:$libraries" "${strict[@]}" $(sources samples)
-compile build/test-classes "build/main:build/gen:$libraries" "${strict[@]}" $(sources src/test)
+compile build/programs "build/main:build/gen:$libraries" "${strict[@]}" $(sources src/conformance src/test samples)
 
 mkdir -p "$native/META-INF/native"
 cp /usr/lib/*/jni/libnetty-tcnative.so "$native/META-INF/native/libnetty_tcnative.so"
 jar --create --file build/lda-client.jar -C build/gen . -C build/main .
 echo "$libraries$native" >build/classpath
-readonly client=$PWD/build/lda-client.jar:$libraries$native
-launcher build/adapter "$PWD/build/conformance:$client" lda.conformance.Adapter
-launcher build/test "$PWD/build/test-classes:$client" "org.junit.runner.JUnitCore $(cd src/test/java &&
+readonly programs=$PWD/build/programs:$PWD/build/lda-client.jar:$libraries$native
+launcher build/adapter lda.conformance.Adapter
+launcher build/test "org.junit.runner.JUnitCore $(cd src/test/java &&
   find . -name '*Test.java' | sort | sed 's|^\./||; s|\.java$||; s|/|.|g' | paste -sd' ')"
+mkdir -p build/samples
 for sample in basic:Basic stream:Stream alpha_sweep:AlphaSweep cancel:Cancel; do
-  launcher "build/samples/${sample%:*}" "$PWD/build/samples/classes:$client" "${sample#*:}"
+  launcher "build/samples/${sample%:*}" "${sample#*:}"
 done

@@ -6,6 +6,7 @@ import com.google.gson.JsonArray;
 import com.google.gson.JsonElement;
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
+import com.google.gson.JsonPrimitive;
 import com.google.protobuf.InvalidProtocolBufferException;
 import com.google.protobuf.Message;
 import com.google.protobuf.MessageOrBuilder;
@@ -166,13 +167,18 @@ public final class Adapter {
     private static JsonObject json(Completion completion) {
       var json = new JsonObject();
       json.addProperty("sequenceIndex", completion.sequenceIndex());
-      json.addProperty("role", completion.role().name());
+      json.add("role", named(completion.role(), completion.finished().getRoleValue()));
       json.addProperty("text", completion.text());
       json.add("tokenIds", GSON.toJsonTree(completion.tokenIds()));
-      json.addProperty("reason", completion.reason().name());
+      json.add("reason", named(completion.reason(), completion.finished().getReasonValue()));
       json.addProperty("stopString", completion.finished().getStopString());
       json.addProperty("seed", Long.toUnsignedString(completion.started().getSeed()));
       return json;
+    }
+
+    /** Values that only a newer contract has a name for are numbers, as in proto3 JSON. */
+    private static JsonPrimitive named(Enum<?> value, int number) {
+      return value.name().equals("UNRECOGNIZED") ? new JsonPrimitive(number) : new JsonPrimitive(value.name());
     }
 
     void fail(LdaClientError failure) {
