@@ -62,6 +62,9 @@ func (g *generation[E]) grow(key sequence) error {
 	if g.started == nil {
 		return streamBroken("it did not begin with `started`")
 	}
+	if int(key.index) >= g.expected() {
+		return streamBroken("sequence %d is none of the %d that were announced", key.index, g.expected())
+	}
 	if g.finished[key] {
 		return streamBroken("sequence %d went on after it had finished", key.index)
 	}

@@ -54,6 +54,7 @@ func TestGenerateGrammar(t *testing.T) {
 		"one sequence":                  {script{started(1), delta(0, "a"), finished(0)}, io.EOF},
 		"interleaved":                   {script{started(2), delta(0, "a"), delta(1, "b"), finished(1), delta(0, "c"), finished(0)}, io.EOF},
 		"a sequence without tokens":     {script{started(1), finished(0)}, io.EOF},
+		"a sequence out of range":       {script{started(1), finished(5)}, ErrStreamBroken},
 		"count not announced":           {script{started(0), finished(0)}, io.EOF},
 		"nothing":                       {script{}, ErrStreamBroken},
 		"started alone":                 {script{started(1)}, ErrStreamBroken},

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/lda-service/lda/clients/go/gen/ldav1"
 	"github.com/lda-service/lda/clients/go/lda"
@@ -68,13 +69,13 @@ type refusal struct {
 }
 
 type completion struct {
-	SequenceIndex uint32   `json:"sequenceIndex"`
-	Role          string   `json:"role"`
-	Text          string   `json:"text"`
-	TokenIDs      []uint32 `json:"tokenIds"`
-	Reason        string   `json:"reason"`
-	StopString    string   `json:"stopString"`
-	Seed          uint64   `json:"seed,string"`
+	SequenceIndex uint32      `json:"sequenceIndex"`
+	Role          interface{} `json:"role"`
+	Text          string      `json:"text"`
+	TokenIDs      []uint32    `json:"tokenIds"`
+	Reason        interface{} `json:"reason"`
+	StopString    string      `json:"stopString"`
+	Seed          uint64      `json:"seed,string"`
 }
 
 func main() {
@@ -244,13 +245,21 @@ func completionOf(from *lda.Completion) completion {
 	}
 	return completion{
 		SequenceIndex: from.Finished.GetSequenceIndex(),
-		Role:          from.Finished.GetRole().String(),
+		Role:          nameOf(from.Finished.GetRole()),
 		Text:          from.Text,
 		TokenIDs:      ids,
-		Reason:        from.Finished.GetReason().String(),
+		Reason:        nameOf(from.Finished.GetReason()),
 		StopString:    from.Finished.GetStopString(),
 		Seed:          from.Started.GetSeed(),
 	}
+}
+
+// nameOf returns the name of an enum value as proto3 JSON has it: the number of one that is not known here.
+func nameOf(value protoreflect.Enum) interface{} {
+	if known := value.Descriptor().Values().ByNumber(value.Number()); known != nil {
+		return known.Name()
+	}
+	return value.Number()
 }
 
 func asMessage[R proto.Message](response R, err error) (proto.Message, error) { return response, err }
