@@ -13,9 +13,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 readonly jars=/usr/share/java
 readonly libraries=$(printf "$jars/%s.jar:" \
   grpc-api grpc-context grpc-core grpc-netty grpc-protobuf grpc-protobuf-lite grpc-stub protobuf protobuf-util \
-  guava gson perfmark-api opencensus-api error-prone-annotations jsr305 geronimo-annotation-1.3-spec netty-buffer \
-  netty-codec netty-codec-http netty-codec-http2 netty-common netty-handler netty-resolver netty-transport netty-tcnative \
-  junit4 hamcrest)
+  guava gson perfmark-api opencensus-api error-prone-annotations jsr305 geronimo-annotation-1.3-spec \
+  netty-buffer netty-codec netty-codec-http netty-codec-http2 netty-common netty-handler netty-resolver \
+  netty-transport netty-tcnative junit4 hamcrest)
 # Debian's netty has TLS with HTTP/2 through OpenSSL alone, and looks for the native library under another name.
 readonly native=$PWD/build/native
 readonly strict=(-Xlint:all -Werror)
