@@ -411,11 +411,20 @@ def test_completion(monkeypatch):
 EXAMPLES = re.findall(r"```python\n(.*?)```", (CLIENT_FOLDER / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("source", EXAMPLES)
-def test_readme_examples(server, monkeypatch, source):
-    """Every example of the README runs as it stands."""
-    for name in ("LdaClient", "AsyncLdaClient"):
-        kind = getattr(lda_client, name)
-        monkeypatch.setattr(lda_client, name, lambda *_, kind=kind: kind(server.target))
-    exec(compile(source, "README.md", "exec"), {})
-    assert server.requests
+def test_readme_examples(server, monkeypatch, capsys):
+    """The examples of the README run in their order; with them, every streaming verb."""
+    monkeypatch.setenv("LDA_TARGET", server.target)
+    server.answer = lambda request: ["a", "b", "c", HOLD] if endless(request) else ["Hel", "lo"]
+    names = {}
+    for source in EXAMPLES:
+        exec(compile(source, "README.md", "exec"), names)
+    kinds = {type(request) for request in server.requests}
+    assert kinds >= {pb.GenerateLDARequest, pb.GenerateBothRequest, pb.ScoreRequest}
+    [left] = [call for call in server.calls if endless(call.request)]
+    assert left.cancelled.wait(10)
+    assert "Hello" in capsys.readouterr().out
+
+
+def endless(request):
+    """Whether this is the request of the example that leaves early."""
+    return isinstance(request, pb.GenerateLDARequest) and request.stopping.ignore_eos

@@ -48,8 +48,9 @@ def _page(parts: Sequence[str], shown: Iterable[Sequence[pb.Token]]) -> str:
 
 
 def _completion(completion: Completion) -> str:
-    count = completion.usage.output_token_count or len(completion.tokens)
-    head = f"{completion.role_name.lower()} {completion.sequence_index}: {count} tokens, {completion.reason_name}"
+    count = len(completion.tokens)
+    size = f"{count} token{'' if count == 1 else 's'}"
+    head = f"{completion.role_name.lower()} {completion.sequence_index}: {size}, {completion.reason_name}"
     body = _tokens(completion.tokens) if has_diagnostics(completion.tokens) else _block(escape(completion.text))
     return _note(head + _scores(completion.alpha_scores)) + body
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 CALLS_AT_ONCE = 64
+NO_DEADLINE_S = 1e9
 
 
 class _Hold:
@@ -199,7 +200,10 @@ class _Servicer(LdaServiceServicer):
         return pb.GetLoadResponse(accepts_work=True)
 
     def _record(self, request: Message, context: Any) -> Call:
-        call = Call(request, dict(context.invocation_metadata()), context.time_remaining())
+        left_s = context.time_remaining()
+        # Without a deadline gRPC says that centuries are left.
+        deadline_s = left_s if left_s is not None and left_s < NO_DEADLINE_S else None
+        call = Call(request, dict(context.invocation_metadata()), deadline_s)
         self._server.calls.append(call)
         return call
 
@@ -211,7 +215,8 @@ class _Servicer(LdaServiceServicer):
             if not complete.is_set():
                 call.cancelled.set()
 
-        context.add_callback(ended)
+        if not context.add_callback(ended):  # it ended before we came here
+            ended()
         for step in _steps(self._server.answer, request):
             if isinstance(step, _Hold):
                 over.wait()
