@@ -18,8 +18,12 @@ export interface CompareListener {
   onChoose(place: Place): void;
 }
 
-// Tokens a frame may append: what is left over is appended in the next.
-const TOKENS_PER_FRAME = 1500;
+// What a frame does not come to is done in the next.
+const FRAME_BUDGET_MS = 6;
+const TOKENS_AT_ONCE = 64;
+// Laying out and painting cost more than appending: many answers grow in larger steps.
+const MANY_CELLS = 12;
+const MANY_PAUSE_MS = 80;
 const PARTED = "parted";
 
 const tokenTemplate = make("span", { class: "t", role: "option" });
@@ -39,7 +43,8 @@ export class CompareView {
   private readonly cellsByList = new Map<Element, Cell>();
   private readonly notes = new Map<Row, HTMLElement>();
   private readonly dirty = new Set<Cell>();
-  private readonly flush = perFrame(() => this.draw());
+  private readonly flushSoon = perFrame(() => this.draw());
+  private readonly flushLater = perFrame(() => this.draw(), MANY_PAUSE_MS);
   private active: HTMLElement | undefined;
   private chosen: HTMLElement | undefined;
   private comparison: Comparison | undefined;
@@ -67,6 +72,7 @@ export class CompareView {
     this.active = this.chosen = undefined;
     byId("head-alpha").textContent = `α = ${alphaText(comparison.settings.alpha)}`;
     this.add(comparison.rows);
+    if (!comparison.isRunning) this.settle();
   }
 
   /** These rows are new. */
@@ -85,20 +91,17 @@ export class CompareView {
     this.flush();
   }
 
-  /** The run has ended: no cell waits any longer. */
+  /** The run has ended: what has not finished will not. */
   settle(): void {
-    for (const cell of this.cells.values())
-      cell.element.parentElement!.classList.toggle("open", this.isOpen(cell.sequence));
+    for (const { sequence, element } of this.cells.values()) {
+      if (!sequence.finished) element.closest(".cell")!.classList.remove("open");
+    }
   }
 
   /** Nothing is chosen any more. */
   release(): void {
     this.chosen?.setAttribute("aria-selected", "false");
     this.chosen = undefined;
-  }
-
-  private isOpen(sequence: Sequence): boolean {
-    return sequence.finished === undefined && this.comparison!.isRunning;
   }
 
   private row(row: Row): HTMLElement {
@@ -123,28 +126,31 @@ export class CompareView {
   }
 
   private draw(): void {
-    let left = TOKENS_PER_FRAME;
+    const endsAt = performance.now() + FRAME_BUDGET_MS;
     const rows = new Set<Row>();
     for (const cell of this.dirty) {
-      if (left <= 0) break;
-      left -= this.append(cell, left);
+      while (cell.shown < cell.sequence.tokens.length && performance.now() < endsAt) this.append(cell);
       rows.add(cell.sequence.row);
-      if (cell.shown === cell.sequence.tokens.length) this.dirty.delete(cell);
+      if (cell.shown < cell.sequence.tokens.length) break;
+      if (cell.sequence.finished && !cell.isEnded) this.finish(cell);
+      this.dirty.delete(cell);
     }
     for (const row of rows) this.mark(row);
     if (this.dirty.size > 0) this.flush();
   }
 
-  private append(cell: Cell, most: number): number {
+  private flush(): void {
+    if (this.cells.size > MANY_CELLS) this.flushLater();
+    else this.flushSoon();
+  }
+
+  private append(cell: Cell): void {
     const { sequence } = cell;
-    const to = Math.min(sequence.tokens.length, cell.shown + most);
+    const to = Math.min(sequence.tokens.length, cell.shown + TOKENS_AT_ONCE);
     const fragment = document.createDocumentFragment();
     for (let position = cell.shown; position < to; position++) fragment.append(this.token(sequence, position));
     cell.element.append(fragment);
-    const count = to - cell.shown;
     cell.shown = to;
-    if (sequence.finished && to === sequence.tokens.length && !cell.isEnded) this.finish(cell);
-    return count;
   }
 
   private token(sequence: Sequence, position: number): HTMLElement {
@@ -164,7 +170,7 @@ export class CompareView {
     const { sequence, element, end } = cell;
     cell.isEnded = true;
     end.textContent = `${reasonOf(sequence.finished!)} · ${sequence.tokens.length} tokens · ${meanKl(sequence)}`;
-    element.parentElement!.parentElement!.classList.remove("open");
+    element.closest(".cell")!.classList.remove("open");
     if (sequence.finished!.matchedStop.case === "stopString") this.cut(cell);
   }
 
@@ -180,7 +186,9 @@ export class CompareView {
   /** Say and mark where the three answers of a row part. */
   private mark(row: Row): void {
     const found = row.divergence;
-    this.notes.get(row)!.textContent = divergenceWords(row);
+    const note = this.notes.get(row)!;
+    const words = divergenceWords(row);
+    if (note.textContent !== words) note.textContent = words;
     const at = found.kind === "parted" ? found.at : undefined;
     if (at === undefined) return;
     for (const sequence of row.sequences.values()) {

@@ -46,7 +46,7 @@ export class Sequence {
 /** The three answers with one sequence index. */
 export class Row {
   readonly sequences: ReadonlyMap<Role, Sequence>;
-  private found: Divergence | undefined;
+  private found: Divergence = { kind: "open", shared: 0 };
 
   constructor(readonly index: number) {
     this.sequences = new Map(ROLES.map((role) => [role, new Sequence(role, this)]));
@@ -54,10 +54,10 @@ export class Row {
 
   /** Where the three part, as far as is known. */
   get divergence(): Divergence {
-    if (this.found?.kind === "parted") return this.found;
-    this.found = divergence(
-      [...this.sequences.values()].map(({ ids, finished }) => ({ ids, ended: finished !== undefined })),
-    );
+    if (this.found?.kind === "open") {
+      const tracks = [...this.sequences.values()].map(({ ids, finished }) => ({ ids, ended: finished !== undefined }));
+      this.found = divergence(tracks, this.found.shared);
+    }
     return this.found;
   }
 }

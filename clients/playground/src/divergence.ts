@@ -13,9 +13,13 @@ export type Divergence =
   /** They ended alike. */
   | { kind: "same"; shared: number };
 
-/** Compare sequences that may still grow. One that ended early parts from the others where they go on. */
-export function divergence(tracks: readonly Track[]): Divergence {
-  for (let at = 0; ; at++) {
+/**
+ * Compare sequences that may still grow. One that ended early parts from the others where they go on.
+ *
+ * @param shared how many tokens they are known to agree on.
+ */
+export function divergence(tracks: readonly Track[], shared = 0): Divergence {
+  for (let at = shared; ; at++) {
     const ids = new Set(tracks.map((track) => track.ids[at] ?? (track.ended ? "end" : "open")));
     const known = [...ids].filter((id) => id !== "open");
     if (known.length > 1) return { kind: "parted", at };

@@ -2,11 +2,17 @@
 
 const SLICE_MS = 5;
 
-/** Call `draw` in the next frame, once however often this was called before. */
-export function perFrame(draw: () => void): () => void {
+/** Call `draw` in the next frame that is `pauseMs` after the last, once however often this was called before. */
+export function perFrame(draw: () => void, pauseMs = 0): () => void {
   let isDue = false;
-  const run = () => {
+  let notBefore = 0;
+  const run = (now: number) => {
+    if (now < notBefore) {
+      requestAnimationFrame(run);
+      return;
+    }
     isDue = false;
+    notBefore = now + pauseMs;
     draw();
   };
   return () => {

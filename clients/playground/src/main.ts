@@ -104,7 +104,7 @@ function rollOut(): void {
 }
 
 function ended(run: Comparison | RolloutsRun): void {
-  if (run instanceof Comparison) compareView.settle();
+  if (run === shown) compareView.settle();
   if (run !== running) return;
   running = undefined;
   delete byId("status").dataset.run;

@@ -12,6 +12,9 @@ import {
 import type { Settings } from "./settings";
 
 export const CANDIDATES = 10;
+const FOLLOWED_MAX = 4;
+const MANY_EVENT_TOKENS = 8;
+const MANY_EVENT_DELAY_MS = 100;
 const ROLLOUT_EVENT_TOKENS = 32;
 const ROLLOUT_EVENT_DELAY_MS = 200;
 
@@ -51,17 +54,32 @@ function shared(settings: Settings, numSequences: number) {
   };
 }
 
-const COMPARISON_OUTPUT = { diagnostics: true, topCandidates: CANDIDATES };
+/** A token a message as long as there are few answers to follow. */
+function comparisonOutput({ sequences }: Settings) {
+  const evidence = { diagnostics: true, topCandidates: CANDIDATES };
+  return sequences <= FOLLOWED_MAX ? evidence : { ...evidence, ...grouped(MANY_EVENT_TOKENS, MANY_EVENT_DELAY_MS) };
+}
+
+function grouped(maxTokensPerEvent: number, delayMs: number) {
+  return { maxTokensPerEvent, maxEventDelay: { seconds: 0n, nanos: delayMs * 1e6 } };
+}
 
 /** The amplified column. */
 export function amplifiedRequest(settings: Settings): GenerateLDARequest {
   const { alpha, sequences } = settings;
-  return create(GenerateLDARequestSchema, { ...shared(settings, sequences), alpha, output: COMPARISON_OUTPUT });
+  return create(GenerateLDARequestSchema, {
+    ...shared(settings, sequences),
+    alpha,
+    output: comparisonOutput(settings),
+  });
 }
 
 /** The columns of the two models, on the noise of the amplified one. */
 export function bothRequest(settings: Settings): GenerateBothRequest {
-  return create(GenerateBothRequestSchema, { ...shared(settings, settings.sequences), output: COMPARISON_OUTPUT });
+  return create(GenerateBothRequestSchema, {
+    ...shared(settings, settings.sequences),
+    output: comparisonOutput(settings),
+  });
 }
 
 /** Rollouts at one alpha: text only, a few messages per sequence. */
@@ -69,9 +87,6 @@ export function rolloutsRequest(settings: Settings, alpha: number): GenerateLDAR
   return create(GenerateLDARequestSchema, {
     ...shared(settings, settings.rollouts),
     alpha,
-    output: {
-      maxTokensPerEvent: ROLLOUT_EVENT_TOKENS,
-      maxEventDelay: { seconds: 0n, nanos: ROLLOUT_EVENT_DELAY_MS * 1e6 },
-    },
+    output: grouped(ROLLOUT_EVENT_TOKENS, ROLLOUT_EVENT_DELAY_MS),
   });
 }
