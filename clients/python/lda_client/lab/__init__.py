@@ -1,8 +1,8 @@
 """The rare-behaviour lab: from "it can happen" to "how often, and is it real". Needs the extra `lab`.
 
-    from lda_client.lab import Run, SurveySettings, read_prompts, survey
+    from lda_client.lab import Run, SurveySettings, read_prompts, run_survey
 
-    survey("runs/first", read_prompts(["prompts.txt"]), SurveySettings(alphas=(0, 0.5, 1), rollouts=500))
+    run_survey("runs/first", read_prompts(["prompts.txt"]), SurveySettings(alphas=(0, 0.5, 1), rollouts=500))
     frame = Run.open("runs/first").rollouts()           # a polars frame
 
 On the command line: `lda survey`, `lda judge`, `lda agree`.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lda_client.lab._settings import SurveySettings
     from lda_client.lab.prompts import Prompt, read_prompts
     from lda_client.lab.runs import Manifest, Run
-    from lda_client.lab.survey import Outcome, Pace, resume, survey, survey_async
+    from lda_client.lab.survey import Outcome, Pace, resume_survey, run_survey, run_survey_async
 
 # Imported when they are first asked for: the command line must not wait for polars to print its help.
 _HOMES = {
@@ -39,9 +39,9 @@ _HOMES = {
     "Run": "runs",
     "SurveySettings": "_settings",
     "read_prompts": "prompts",
-    "resume": "survey",
-    "survey": "survey",
-    "survey_async": "survey",
+    "resume_survey": "survey",
+    "run_survey": "survey",
+    "run_survey_async": "survey",
 }
 
 __all__ = [
@@ -60,9 +60,9 @@ __all__ = [
     "SurveyFailed",
     "SurveySettings",
     "read_prompts",
-    "resume",
-    "survey",
-    "survey_async",
+    "resume_survey",
+    "run_survey",
+    "run_survey_async",
 ]
 
 

@@ -204,7 +204,7 @@ def survey(
     What would be rejected is found before anything is drawn. Exit code 3: the budget ended it; resume to go on.
     """
     from lda_client.lab._progress import reporter
-    from lda_client.lab.survey import Pace, resume
+    from lda_client.lab.survey import Pace, resume_survey
 
     how = {
         "credentials": _tls(options.pop("tls"), options.pop("tls_ca"), options.pop("tls_cert"), options.pop("tls_key")),
@@ -215,7 +215,7 @@ def survey(
     targets = options.pop("targets")
     if resumed is not None:
         _require_nothing_else(context, files or texts or out)
-        outcome = resume(resumed, targets, **how)
+        outcome = resume_survey(resumed, targets, **how)
     else:
         outcome = _new_survey(files, texts, out, targets, options, how)
     _tell_outcome(outcome, how["reporter"])
@@ -229,8 +229,7 @@ def _new_survey(
     options: dict[str, Any],
     how: dict[str, Any],
 ) -> Outcome:
-    from lda_client.lab import SurveySettings, read_prompts
-    from lda_client.lab import survey as draw
+    from lda_client.lab import SurveySettings, read_prompts, run_survey
 
     missing = [
         name
@@ -240,7 +239,7 @@ def _new_survey(
     if out is None or missing:
         raise click.UsageError(f"Give {', '.join(missing)}; or --resume RUN.")
     settings = SurveySettings(**{name: options[name] for name in _SETTING_NAMES})
-    return draw(out, read_prompts(files, texts), settings, targets or (DEFAULT_TARGET,), **how)
+    return run_survey(out, read_prompts(files, texts), settings, targets or (DEFAULT_TARGET,), **how)
 
 
 def _require_nothing_else(context: click.Context, given: Any) -> None:

@@ -142,7 +142,7 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[tuple[int, dict[str, Any
                 raise PromptError(f"{path}:{reader.line_num}: has not as many columns as the first line.")
             yield reader.line_num, dict(fields)
     except csv.Error as error:
-        raise PromptError(f"{path}:{reader.line_num}: is no CSV ({error}).") from None
+        raise PromptError(f"{path}:{reader.reader.line_num}: is no CSV ({error}).") from None
 
 
 def _prompt(entry: _Entry, places: dict[str, str]) -> Prompt:

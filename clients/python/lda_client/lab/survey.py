@@ -1,8 +1,8 @@
 """Surveys: prompts x alphas x rollouts, drawn from any number of servers into a run folder.
 
     settings = SurveySettings(alphas=(0, 0.5, 1), rollouts=1000)
-    outcome = survey("runs/first", read_prompts(["prompts.txt"]), settings, ["gpu-1:50051", "gpu-2:50051"])
-    outcome = resume("runs/first", ["gpu-1:50051"])
+    outcome = run_survey("runs/first", read_prompts(["prompts.txt"]), settings, ["gpu-1:50051", "gpu-2:50051"])
+    outcome = resume_survey("runs/first", ["gpu-1:50051"])
 
 A survey may be killed at any moment: finished chunks are in the folder's journal and are never drawn twice. What a
 budget or an interruption leaves out is what comes last in a fixed order, never what happened to take long: chunks that
@@ -90,7 +90,7 @@ class Outcome:
     seconds: float
 
 
-def survey(
+def run_survey(
     folder: str | Path,
     prompts: Sequence[Prompt],
     settings: SurveySettings,
@@ -121,13 +121,13 @@ def survey(
         LdaClientError: a server rejected what was asked, or none answered at the start.
     """
     return asyncio.run(
-        survey_async(
+        run_survey_async(
             folder, prompts, settings, targets, credentials=credentials, token=token, pace=pace, reporter=reporter
         )
     )
 
 
-async def survey_async(
+async def run_survey_async(
     folder: str | Path,
     prompts: Sequence[Prompt],
     settings: SurveySettings,
@@ -138,18 +138,18 @@ async def survey_async(
     pace: Pace | None = None,
     reporter: Reporter | None = None,
 ) -> Outcome:
-    """`survey` for asyncio, and for notebooks."""
+    """`run_survey` for asyncio, and for notebooks."""
     settings.require_estimable()
-    sitting = _Sitting(Path(folder), list(prompts), settings, pace or Pace(), reporter or Quiet())
+    sitting = _Sitting(Path(folder), list(prompts), settings, pace or Pace(), Quiet() if reporter is None else reporter)
     return await sitting.run(targets, credentials, token)
 
 
-def resume(folder: str | Path, targets: Sequence[str] = (), **options: Any) -> Outcome:
-    """Go on with a survey, by default at the servers it was last drawn from. Options and errors as `survey`."""
+def resume_survey(folder: str | Path, targets: Sequence[str] = (), **options: Any) -> Outcome:
+    """Go on with a survey, by default at the servers it was last drawn from. Options and errors as `run_survey`."""
     run = Run.open(folder)
     sessions = run.manifest.sessions
     known = [str(endpoint["target"]) for endpoint in sessions[-1]["endpoints"]] if sessions else [DEFAULT_TARGET]
-    return survey(folder, run.prompts(), run.settings, list(targets) or known, **options)
+    return run_survey(folder, run.prompts(), run.settings, list(targets) or known, **options)
 
 
 class _Sitting:
@@ -241,14 +241,14 @@ class _Sitting:
     # Before anything is drawn ---------------------------------------------------------------------------------------
 
     def _check_limits(self, pair: pb.GetModelPairResponse) -> None:
-        """Raise SettingsError for what every call would be rejected for."""
+        """Raise SettingsError for what every call would be rejected for. A limit of 0 is one that is not told."""
         limits, settings = pair.limits, self._settings
-        if settings.max_new_tokens > limits.max_new_tokens:
+        if 0 < limits.max_new_tokens < settings.max_new_tokens:
             raise SettingsError(f"max_new_tokens: the server allows {limits.max_new_tokens}.")
-        if settings.chunk_size > limits.max_sequences_per_request:
+        if 0 < limits.max_sequences_per_request < settings.chunk_size:
             raise SettingsError(f"chunk_size: the server draws {limits.max_sequences_per_request} sequences a call.")
         for alpha in (*settings.alphas, *settings.score_alphas):
-            if not limits.min_alpha <= alpha <= limits.max_alpha:
+            if limits.min_alpha < limits.max_alpha and not limits.min_alpha <= alpha <= limits.max_alpha:
                 raise SettingsError(
                     f"alphas: the server allows {limits.min_alpha:g} to {limits.max_alpha:g}, and not {alpha:g}."
                 )
