@@ -87,6 +87,23 @@ test("a server that dies is missed, and found when it is back, while it loads an
   await rm(folder, { recursive: true });
 });
 
+test("a server that drains says so, and takes its time for what runs", async () => {
+  gateway = await fakeGateway({ drain_grace_s: 60 });
+  page = await open(browser, gateway, { fragment: raw("hold") });
+  await run(page);
+  await until(
+    () => openRequests(gateway),
+    (count) => count === 2,
+    "two calls open",
+  );
+  const stopped = gateway.stop();
+  await page.waitForSelector("#health[data-kind=draining]");
+  await page.keyboard.press("Escape");
+  await said(page, "Cancelled");
+  await stopped;
+  await page.waitForSelector("#health[data-kind=away]");
+});
+
 /** Lengths of the frames while `act` runs, as the page itself sees them. */
 async function frames(page, act) {
   await page.evaluate(() => {

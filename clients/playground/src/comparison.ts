@@ -1,6 +1,14 @@
 // One run of the comparison: the two models and their amplification, on the same noise.
 
-import { FinishReason, ModelRole, type Finished, type GenerateEvent, type Token, type TokenDelta } from "@lda/client";
+import {
+  FinishReason,
+  ModelRole,
+  type Finished,
+  type GenerateEvent,
+  type Started,
+  type Token,
+  type TokenDelta,
+} from "@lda/client";
 import { divergence, type Divergence } from "./divergence";
 import { breathe } from "./frames";
 import { PieceDecoder } from "./pieces";
@@ -118,12 +126,18 @@ export class Comparison {
 
   private async read(events: AsyncIterable<GenerateEvent>): Promise<void> {
     for await (const { event } of events) {
-      if (event.case === "started") this.promptTokenCount = event.value.promptTokenCount;
+      if (event.case === "started") this.begin(event.value);
       else if (event.case === "delta") this.sequence(event.value)?.add(event.value);
       else if (event.case === "finished") this.finish(event.value);
       if (event.case === "delta" || event.case === "finished") this.tell(event.value);
       await breathe();
     }
+  }
+
+  private begin({ promptTokenCount, sequenceCount, alpha }: Started): void {
+    this.promptTokenCount = promptTokenCount;
+    // The call that has no alpha brings two answers for each row.
+    this.grow(alpha === undefined ? sequenceCount / 2 : sequenceCount);
   }
 
   private finish(finished: Finished): void {
@@ -137,14 +151,14 @@ export class Comparison {
   }
 
   private sequence({ sequenceIndex, role }: TokenDelta | Finished): Sequence | undefined {
+    return this.rows[sequenceIndex]?.sequences.get(role as Role);
+  }
+
+  private grow(count: number): void {
     const fresh: Row[] = [];
-    while (this.rows.length <= sequenceIndex) {
-      const row = new Row(this.rows.length);
-      this.rows.push(row);
-      fresh.push(row);
-    }
+    for (let index = this.rows.length; index < count; index++) fresh.push(new Row(index));
+    this.rows.push(...fresh);
     if (fresh.length > 0) this.listener.onRows(fresh);
-    return this.rows[sequenceIndex]!.sequences.get(role as Role);
   }
 }
 

@@ -71,7 +71,8 @@ function copyBySelection(text: string): boolean {
 /** A number with a real minus sign. */
 export function figure(value: number | undefined, digits = 2): string {
   if (value === undefined) return "–";
-  return value.toFixed(digits).replace("-", "−");
+  const written = value.toFixed(digits);
+  return Number(written) === 0 ? (0).toFixed(digits) : written.replace("-", "−");
 }
 
 /** An alpha as short as it can be written. */

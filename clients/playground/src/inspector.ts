@@ -205,10 +205,10 @@ function facts(diagnostics: TokenDiagnostics): [string, string][] {
   const { afterLogprob, beforeLogprob, amplifiedLogprob } = diagnostics;
   const moved = afterLogprob === undefined || beforeLogprob === undefined ? undefined : afterLogprob - beforeLogprob;
   return [
-    ["log p before", figure(beforeLogprob)],
-    ["log p after", figure(afterLogprob)],
-    ["log p amplified", figure(amplifiedLogprob)],
-    ["after − before", `${moved !== undefined && moved > 0 ? "+" : ""}${figure(moved)} nats`],
+    ["log p before", figure(beforeLogprob, 3)],
+    ["log p after", figure(afterLogprob, 3)],
+    ["log p amplified", figure(amplifiedLogprob, 3)],
+    ["after − before", `${moved !== undefined && moved > 0 ? "+" : ""}${figure(moved, 3)} nats`],
     ["rank", `${diagnostics.beforeRank} → ${diagnostics.afterRank} → ${diagnostics.amplifiedRank || "…"}`],
     ["KL(after ‖ before)", `${figure(diagnostics.afterBeforeKl, 3)} nats`],
     ["novel mass", probability(diagnostics.novelMass)],

@@ -36,8 +36,8 @@ type Kind = abstract new (...parts: never[]) => LdaClientError;
 
 /** From the particular to the general: the first that fits names the problem. */
 const TITLES: readonly [Kind, string, string?][] = [
-  [ServerAway, "The server does not answer", "It is watched, and this page goes on when it is back."],
-  [Loading, "The models are being loaded", "This page goes on when they are ready."],
+  [ServerAway, "The server does not answer", "This page keeps looking for it, and says when it is back."],
+  [Loading, "The models are being loaded", "This page says when they are ready."],
   [Draining, "The server is shutting down", "It finishes what runs and takes nothing new."],
   [WorkerDied, "The models' process has died", "The server is starting a fresh one."],
   [Unavailable, "The server cannot answer now"],

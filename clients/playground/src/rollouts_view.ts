@@ -10,6 +10,8 @@ import { percent, rateOf, type Rate } from "./rates";
 import type { Batch, Rollout, RolloutsRun } from "./rollouts";
 
 const HIGHLIGHTED_MAX = 5000;
+/** Figures that change with every frame can be neither read nor heard. */
+const RATES_PAUSE_MS = 200;
 
 interface Item {
   element: HTMLLIElement;
@@ -17,17 +19,24 @@ interface Item {
   meta: HTMLElement;
 }
 
+interface TableRow {
+  row: HTMLElement;
+  button: HTMLElement;
+  cells: HTMLElement[];
+}
+
 export class RolloutsView {
   private readonly list = byId<HTMLOListElement>("completions");
   private readonly chart = new Chart(byId("chart"), (alpha) => this.choose(alpha));
   private readonly matcher = new Matcher((matches) => this.take(matches));
-  private readonly drawRates = perFrame(() => this.showRates());
+  private readonly drawRates = perFrame(() => this.showRates(), RATES_PAUSE_MS);
   private readonly drawList = perFrame(() => this.showList());
   private readonly drawMatches = perFrame(() => this.showMatches());
   private readonly items = new Map<Rollout, Item>();
   private readonly grown = new Map<Rollout, string>();
   private readonly byNumber: Rollout[] = [];
   private readonly hits = new Map<Batch, number>();
+  private readonly tableRows = new Map<Batch, TableRow>();
   private matches: Matches = { examined: 0, found: new Map(), complaint: undefined };
   private run: RolloutsRun | undefined;
   private chosen: Batch | undefined;
@@ -49,6 +58,7 @@ export class RolloutsView {
     this.run = run;
     this.byNumber.length = 0;
     this.matcher.clear();
+    this.makeTable(run.batches);
     this.choose((run.batches.find(({ alpha }) => alpha === this.chosen?.alpha) ?? run.batches.at(-1)!).alpha);
   }
 
@@ -118,29 +128,28 @@ export class RolloutsView {
   }
 
   private showTable(rates: readonly { batch: Batch; rate: Rate }[]): void {
-    const body = document.querySelector("#rates tbody")!;
-    const focused = (document.activeElement as HTMLElement | null)?.dataset.row;
-    body.replaceChildren(...rates.map(({ batch, rate }) => this.tableRow(batch, rate)));
-    if (focused) body.querySelector<HTMLElement>(`[data-row="${focused}"]`)?.focus();
+    for (const { batch, rate } of rates) {
+      const { row, button, cells } = this.tableRows.get(batch)!;
+      const isChosen = batch === this.chosen;
+      row.classList.toggle("chosen", isChosen);
+      button.setAttribute("aria-pressed", String(isChosen));
+      for (const [index, words] of rowWords(batch, rate).entries()) cells[index]!.textContent = words;
+    }
   }
 
-  private tableRow(batch: Batch, rate: Rate): HTMLElement {
-    const isChosen = batch === this.chosen;
-    const on = { click: () => this.choose(batch.alpha) };
-    const row = { "data-row": batch.alpha, "aria-pressed": String(isChosen) };
-    const button = make("button", { type: "button", class: "quiet", ...row, text: alphaText(batch.alpha), on });
-    button.setAttribute("aria-label", `Show alpha ${alphaText(batch.alpha)}`);
-    const isCounted = rate.total > 0;
-    const total = `${batch.finishedCount}${batch.finishedCount < batch.asked ? ` / ${batch.asked}` : ""}`;
-    return make(
-      "tr",
-      { class: isChosen ? "chosen" : "" },
-      make("th", { scope: "row" }, button),
-      make("td", { text: isCounted ? String(rate.hits) : "–" }),
-      make("td", { text: total }),
-      make("td", { text: percent(rate.rate) }),
-      make("td", { text: isCounted ? `${percent(rate.low)} to ${percent(rate.high)}` : "–" }),
-    );
+  private makeTable(batches: readonly Batch[]): void {
+    this.tableRows.clear();
+    const rows = batches.map((batch) => {
+      const cells = rowWords(batch, rateOf(0, 0)).map(() => make("td"));
+      const name = alphaText(batch.alpha);
+      const on = { click: () => this.choose(batch.alpha) };
+      const label = { "aria-label": `Show alpha ${name}` };
+      const button = make("button", { type: "button", class: "quiet", text: name, on, ...label });
+      const row = make("tr", {}, make("th", { scope: "row" }, button), ...cells);
+      this.tableRows.set(batch, { row, button, cells });
+      return row;
+    });
+    document.querySelector("#rates tbody")!.replaceChildren(...rows);
   }
 
   private showNote(rates: readonly { rate: Rate }[]): void {
@@ -151,6 +160,7 @@ export class RolloutsView {
     const total = rates.reduce((sum, { rate }) => sum + rate.total, 0);
     const words = complaint ?? (total > 0 ? `${hits} of ${total} completions.` : "");
     const note = byId("filter-note");
+    note.setAttribute("aria-live", this.run?.isRunning ? "off" : "polite");
     if (note.textContent !== words) note.textContent = words;
   }
 
@@ -201,6 +211,16 @@ export class RolloutsView {
     // Browsers without this show the flags alone.
     if ("highlights" in CSS) CSS.highlights.set("match", new Highlight(...ranges));
   }
+}
+
+function rowWords(batch: Batch, rate: Rate): string[] {
+  const isCounted = rate.total > 0;
+  return [
+    isCounted ? String(rate.hits) : "–",
+    `${batch.finishedCount}${batch.finishedCount < batch.asked ? ` / ${batch.asked}` : ""}`,
+    percent(rate.rate),
+    isCounted ? `${percent(rate.low)} to ${percent(rate.high)}` : "–",
+  ];
 }
 
 function rangesOf(text: Text, spans: readonly Span[]): Range[] {
