@@ -22,7 +22,8 @@ class ExactPair:
         seed: of the tables.
         tokens: V.
         steps: L.
-        gain: how much post-training raised the behaviour's logits.
+        gain: how much post-training raised the behaviour's logits; below 0, how much it lowered them, as safety
+            training would: the behaviour is common in the before model then.
         noise: standard deviation of what else it changed.
     """
 
