@@ -28,7 +28,7 @@ from servers import ServerFailed, Servers
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-ANSWER_S, SAMPLE_S, BUILD_S = 20.0, 120.0, 1200.0
+ANSWER_S, SAMPLE_S, BUILD_S = 30.0, 120.0, 1200.0
 PASSED, FAILED, SKIPPED = "ok", "FAILED", "-"
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-START_S, SETTLE_S = 60.0, 10.0
+START_S, SETTLE_S = 180.0, 20.0
 SHARED = ("echo", "small", "one_caller", "loading", "tls", "secure")
 OBSERVED = ("echo", "small", "one_caller")  # whose load is looked at before each case: they are open to anybody
 FRESH = ("disposable", "draining")
@@ -110,12 +110,13 @@ class Watcher:
         """How busy the server is."""
         return self.lda.GetLoad(pb.GetLoadRequest(), timeout=SETTLE_S)
 
-    def wait(self, holds: Callable[[pb.GetLoadResponse], object], what: str) -> None:
+    def wait(self, holds: Callable[[pb.GetLoadResponse], object], what: str, timeout_s: float | None = None) -> None:
         """Until the load is so. Raises ServerFailed."""
-        until = time.monotonic() + SETTLE_S
+        timeout_s = SETTLE_S if timeout_s is None else timeout_s
+        until = time.monotonic() + timeout_s
         while not holds(load := self.load()):
             if time.monotonic() > until:
-                raise ServerFailed(f"the server is not {what} after {SETTLE_S:g} s: {load}".replace("\n", " "))
+                raise ServerFailed(f"the server is not {what} after {timeout_s:g} s: {load}".replace("\n", " "))
             time.sleep(0.01)
 
     def wait_free(self) -> None:
@@ -168,7 +169,7 @@ class Servers:
             self._ports[name] = self._stack.enter_context(silent_port(listens))
         if pair is not None:
             self._ports["pair"] = int(pair.line(lambda line: line.startswith("listening")).rpartition(":")[2])
-            Watcher(self._ports["pair"]).wait(lambda load: load.accepts_work, "ready")
+            Watcher(self._ports["pair"]).wait(lambda load: load.accepts_work, "ready", START_S)
         self._watchers = {name: Watcher(self._ports[name]) for name in OBSERVED if name in self._ports}
 
     def _spawn(self, name: str, command: list[str]) -> Process:
