@@ -296,8 +296,11 @@ def test_the_server_says_how_many_sequences_come(server, client):
     server.answer = [started(sequence_count=2), finished()]
     with pytest.raises(StreamBroken, match="1 of 2"):
         client.complete("Hi", raw=True, num_sequences=1)
-    server.answer = [started(sequence_count=1), finished(), finished(1)]
+    server.answer = [started(sequence_count=1), finished(), finished(role=pb.MODEL_ROLE_AFTER)]
     with pytest.raises(StreamBroken, match="more than 1"):
+        client.complete("Hi", raw=True, num_sequences=2)
+    server.answer = [started(sequence_count=1), finished(1)]
+    with pytest.raises(StreamBroken, match="never announced"):
         client.complete("Hi", raw=True, num_sequences=2)
 
 

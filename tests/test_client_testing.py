@@ -86,11 +86,11 @@ def test_a_function_answers_by_request():
 
 def test_events_are_sent_as_they_stand():
     """A list of events has nothing added, so that a test can break the grammar."""
-    with FakeServer([started(), delta("a", index=1)]) as server, LdaClient(server.target) as client:
+    with FakeServer([started(), delta("a")]) as server, LdaClient(server.target) as client:
         with pytest.raises(lda_client.StreamBroken):
             client.complete("Hi")
-        server.answer = [started(), delta("a", index=1), finished(index=1)]
-        assert client.complete("Hi")[0].sequence_index == 1
+        server.answer = [started(sequence_count=2), delta("a", index=1), finished(index=1), finished()]
+        assert [each.text for each in client.complete("Hi")] == ["", "a"]
 
 
 async def test_hold_until_cancelled():

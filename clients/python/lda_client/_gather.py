@@ -204,6 +204,7 @@ class GenerateReader:
     def _check_running(self, event: pb.TokenDelta | pb.Finished) -> None:
         self.begun = True
         _check(self.started is not None, "it did not begin with `started`")
+        _check(event.sequence_index < self._expected, f"sequence {event.sequence_index} was never announced")
         _check(_key(event) not in self._finished, f"sequence {event.sequence_index} went on after it had finished")
 
     def end(self) -> None:
