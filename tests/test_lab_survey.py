@@ -494,6 +494,36 @@ def test_a_chunk_that_always_fails_ends_the_survey(tmp_path, server):
         run_survey(tmp_path / "run", PROMPTS, quick(), [server.target])
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_stream_that_is_always_cut_off_ends_the_survey(tmp_path, server):
+    """A proxy that ends long streams must not have them drawn for ever."""
+
+    def cut_off(request):
+        if request.sampling.seed:
+            return [started(sequence_count=request.num_sequences), ServerAway("Cut off.")]
+        return answer(request)
+
+    server.answer = cut_off
+    with pytest.raises(SurveyFailed, match=f"failed {fleet.ATTEMPTS_MAX} times"):
+        run_survey(tmp_path / "run", PROMPTS, quick(), [server.target])
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_refuses_streams_is_asked_until_it_takes_them(tmp_path, server, monkeypatch):
+    """An overloaded server refuses many times; that is no fault of the chunk."""
+    monkeypatch.setattr(fleet, "ATTEMPTS_MAX", 2)
+    left = threading.Semaphore(60)
+
+    def refuse(request):
+        if request.sampling.seed and left.acquire(blocking=False):
+            raise ServerAway("Refused.")
+        return answer(request)
+
+    server.answer = refuse
+    assert run_survey(tmp_path / "run", PROMPTS, quick(), [server.target]).missing == 0
+    assert not left.acquire(blocking=False)
+
+
 def test_a_call_that_hangs_is_drawn_again(tmp_path, server, impatient):
     """If it was given a time."""
     hung = threading.Event()

@@ -6,7 +6,10 @@ Knows jobs, servers and errors: nothing of prompts, alphas or files.
     exhausted                   the job waits its turn again, the server rests as long as it asks
     unavailable, lost, aborted  the job is done again by whoever is free; the server rests, longer each time, until it
                                 answers a short call and still holds the same pair
-    a fault of the server       the job is done again, a few times
+    a fault of the server       the job is done again
+
+A job that fails too often once it was admitted, or by a fault of the server, stops everything; and so does a time in
+which no server does anything.
 """
 
 from __future__ import annotations
@@ -77,12 +80,15 @@ class Fleet:
         patience_s: how long to wait while no server does anything.
         tell: is told when a server goes away, asks to wait, or is back: `(event, target, why)`.
         fingerprint: of the pair; every server must hold it.
+        admitted: jobs that a server has begun with.
+        heard_at: when anything last moved.
     """
 
     endpoints: list[Endpoint]
     patience_s: float
     tell: Callable[[str, str, str], None]
     fingerprint: str = ""
+    admitted: set[Any] = field(default_factory=set)
     heard_at: float = field(default_factory=time.monotonic)
 
     async def connect(self) -> pb.GetModelPairResponse:
@@ -126,8 +132,9 @@ class Fleet:
             )
 
     @contextmanager
-    def streaming(self, endpoint: Endpoint) -> Iterator[None]:
+    def streaming(self, endpoint: Endpoint, job: Any) -> Iterator[None]:
         """While an admitted call is under way."""
+        self.admitted.add(job)
         endpoint.streams += 1
         try:
             yield
@@ -189,14 +196,16 @@ class Work(Generic[JobT, ResultT]):
 
     def _pump(self) -> None:
         """Begin what may begin now; notice the end."""
-        while self._waiting and not self._over.done() and self._running < self._at_once:
+        if self._over.done():
+            return
+        while self._waiting and self._running < self._at_once:
             endpoint = self._pick()
             if endpoint is None or not self._may_begin(self._running):
                 break
             self._running += 1
             endpoint.jobs += 1
             self._start(self._attempt(endpoint, self._waiting.popleft()))
-        if not self._running and (not self._waiting or not self._may_begin(0)) and not self._over.done():
+        if not self._running and (not self._waiting or not self._may_begin(0)):
             self._over.set_result(None)
 
     def _pick(self) -> Endpoint | None:
@@ -236,12 +245,13 @@ class Work(Generic[JobT, ResultT]):
         if isinstance(error, lda_client.Exhausted):
             self._set_aside(endpoint, "asks to wait", error, probe=False)
             return
-        self._attempts[job] = self._attempts.get(job, 0) + 1
+        is_away = isinstance(error, lda_client.Unavailable | lda_client.Aborted)
+        self._attempts[job] = self._attempts.get(job, 0) + (not is_away or job in self._fleet.admitted)
         if self._attempts[job] >= ATTEMPTS_MAX:
             self._stop(
                 SurveyFailed(f"One call failed {ATTEMPTS_MAX} times, the last time at {endpoint.target}: {error}")
             )
-        elif isinstance(error, lda_client.Unavailable | lda_client.Aborted | lda_client.DeadlineExceeded):
+        elif is_away or isinstance(error, lda_client.DeadlineExceeded):
             self._set_aside(endpoint, "away", error, probe=True)
 
     def _set_aside(self, endpoint: Endpoint, event: str, error: LdaClientError, *, probe: bool) -> None:

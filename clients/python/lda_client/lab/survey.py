@@ -300,7 +300,7 @@ class _Sitting:
         async with endpoint.client.generate(request, timeout_s=self._pace.call_timeout_s) as stream:
             event = await anext(stream)
             self._fleet.check(endpoint, event.started.pair_fingerprint)
-            with self._fleet.streaming(endpoint):
+            with self._fleet.streaming(endpoint, chunk):
                 return await stream.gather()
 
     def _request(self, chunk: Chunk) -> pb.GenerateLDARequest:
