@@ -87,7 +87,7 @@ test("a server that dies is missed, and found when it is back, while it loads an
   await rm(folder, { recursive: true });
 });
 
-test("a server that drains says so, and takes its time for what runs", async () => {
+test("a server that drains is said to take nothing new while it goes on with what runs", async () => {
   gateway = await fakeGateway({ drain_grace_s: 60 });
   page = await open(browser, gateway, { fragment: raw("hold") });
   await run(page);
@@ -140,22 +140,24 @@ const LOADS = [
   ["rollouts", raw("hi", { view: "rollouts", alphas: "1", rollouts: 64, filter: "xyz", maxNewTokens: 200 })],
   ["comparison", raw("clock", { sequences: 64, maxNewTokens: 200 })],
 ];
-// Other programs on this machine make frames late too: what counts is what the page can do.
+// Other programs make frames late too. What a page that does nothing loses is theirs; of the rest, the best try counts.
 const TRIES = 3;
+const IDLE_MS = 3000;
 
 for (const [title, fragment] of LOADS) {
   test(`64 sequences of 200 tokens stream without the page stalling: ${title}`, async () => {
     gateway = await fakeGateway({ engine: { max_running_sequences: 256 } });
     page = await open(browser, gateway, { fragment });
-    let slow = 1;
-    for (let tries = 0; slow >= SLOW_SHARE_MAX && tries < TRIES; tries++) {
-      const times = await frames(page, async () => {
+    let excess = 1;
+    for (let tries = 0; excess >= SLOW_SHARE_MAX && tries < TRIES; tries++) {
+      const idle = report("nothing", await frames(page, () => page.waitForTimeout(IDLE_MS)));
+      const busy = await frames(page, async () => {
         await run(page);
         await said(page, "Done");
       });
-      slow = report(`64 x 200 tokens, ${title}`, times);
+      excess = report(`64 x 200 tokens, ${title}`, busy) - idle;
     }
-    assert.ok(slow < SLOW_SHARE_MAX);
+    assert.ok(excess < SLOW_SHARE_MAX);
     assert.deepEqual(page.faults, []);
   });
 }

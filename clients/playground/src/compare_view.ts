@@ -23,7 +23,7 @@ const FRAME_BUDGET_MS = 6;
 const TOKENS_AT_ONCE = 64;
 // Laying out and painting cost more than appending: many answers grow in larger steps.
 const MANY_CELLS = 12;
-const MANY_PAUSE_MS = 80;
+const MANY_PAUSE_MS = 120;
 const PARTED = "parted";
 
 const tokenTemplate = make("span", { class: "t", role: "option" });

@@ -3,11 +3,17 @@
 import { byId } from "./dom";
 import type { Health, Server } from "./server";
 
-/** Show the server's state. Words change only if the state does: they are read out. */
-export function showHealth({ health, pair }: Server): void {
+/**
+ * Show the server's state. Words change only if the state does: they are read out.
+ *
+ * @param isAnswering whether a stream of this page is open. A server that shuts down goes on with it, and nobody else
+ *   can reach it by then.
+ */
+export function showHealth({ health, pair }: Server, isAnswering: boolean): void {
   const place = byId("health");
-  place.dataset.kind = health.kind;
-  const { words, more } = wordsOf(health);
+  const kind = health.kind === "away" && isAnswering ? "draining" : health.kind;
+  place.dataset.kind = kind;
+  const { words, more } = wordsOf(health, kind);
   const text = byId("health-text");
   if (text.textContent !== words) text.textContent = words;
   place.title = more;
@@ -16,7 +22,7 @@ export function showHealth({ health, pair }: Server): void {
   }
 }
 
-function wordsOf(health: Health): { words: string; more: string } {
+function wordsOf(health: Health, kind: Health["kind"]): { words: string; more: string } {
   switch (health.kind) {
     case "unknown":
       return { words: "Looking for the server", more: "" };
@@ -29,8 +35,8 @@ function wordsOf(health: Health): { words: string; more: string } {
     case "loading":
     case "draining":
     case "away":
-      return { words: NAMES[health.kind], more: `${health.problem.title}. ${health.problem.text}` };
+      return { words: NAMES[kind as keyof typeof NAMES], more: `${health.problem.title}. ${health.problem.text}` };
   }
 }
 
-const NAMES = { loading: "Loading", draining: "Shutting down", away: "Away" };
+const NAMES = { loading: "Loading", draining: "Takes nothing new", away: "Away" };

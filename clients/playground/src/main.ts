@@ -140,6 +140,7 @@ function cancel(): void {
 function showRunning(): void {
   byId<HTMLButtonElement>("cancel").disabled = running === undefined;
   document.body.classList.toggle("running", running !== undefined);
+  showHealth(server, running !== undefined);
 }
 
 // Forks and earlier runs
@@ -215,7 +216,7 @@ function holdBack(button: HTMLButtonElement, seconds: number): void {
 }
 
 function showServer(): void {
-  showHealth(server);
+  showHealth(server, running !== undefined);
   const isBack = server.health.kind === "ready" || server.health.kind === "busy";
   if (server.pair) form.know(server.pair);
   if (!isBack || byId("problem").hidden || byId("problem").dataset.passes !== "true") return;
