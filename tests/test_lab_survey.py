@@ -579,6 +579,27 @@ def test_the_command_tells_json(tmp_path, server):
     assert (events[-1]["missing"], events[-2]["event"], events[-2]["done"]) == (0, "progress", ROLLOUTS)
 
 
+def test_the_command_says_what_is_kept(tmp_path, server):
+    """Ctrl-C ends it with 130 and without a traceback; the next command goes on."""
+    seen = threading.Semaphore(6)
+
+    def interrupt(request):
+        if not seen.acquire(blocking=False):
+            os.kill(process.pid, signal.SIGINT)
+            return [started(sequence_count=request.num_sequences), HOLD]
+        return answer(request)
+
+    server.answer = interrupt
+    common = [*ARGUMENTS, *PROMPT_ARGUMENTS, "--target", server.target, "--at-once", "1"]
+    process = start_survey(tmp_path / "run", *common)
+    output = finish(process)
+    assert process.returncode == 130, output
+    assert f"lda survey --resume {tmp_path / 'run'}" in output
+    assert "Traceback" not in output
+    server.answer = answer
+    assert resume_survey(tmp_path / "run").drawn == ROLLOUTS - 4 * 4
+
+
 def test_the_command_reads_files_and_refuses_in_words(tmp_path, server):
     """Errors are one sentence without a traceback, exit 1; wrong usage is exit 2."""
     (tmp_path / "q.txt").write_text("Who are you?\n")

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lda_client import LdaClientError
 from lda_client._channel import DEFAULT_TARGET
 from lda_client._cli._common import Command, examples, note, with_options
-from lda_client.lab._errors import LabError
+from lda_client.lab._errors import LabError, SurveyFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from lda_client.lab.runs import Run
     from lda_client.lab.survey import Outcome
 
-EXTRA_PACKAGES = frozenset({"numpy", "scipy", "polars", "pyarrow", "matplotlib", "httpx2"})
+EXTRA_PACKAGES = frozenset({"numpy", "scipy", "polars", "pyarrow", "matplotlib", "httpx2", "arviz_stats"})
 INCOMPLETE_EXIT_CODE = 3
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _RUN = click.Path(file_okay=False, path_type=Path)
@@ -213,12 +214,24 @@ def survey(
         "pace": Pace(**{name: options.pop(name) for name in _PACE_NAMES}),
     }
     targets = options.pop("targets")
-    if resumed is not None:
-        _require_nothing_else(context, files or texts or out)
-        outcome = resume_survey(resumed, targets, **how)
-    else:
-        outcome = _new_survey(files, texts, out, targets, options, how)
+    with _what_is_kept(resumed or out):
+        if resumed is not None:
+            _require_nothing_else(context, files or texts or out)
+            outcome = resume_survey(resumed, targets, **how)
+        else:
+            outcome = _new_survey(files, texts, out, targets, options, how)
     _tell_outcome(outcome, how["reporter"])
+
+
+@contextmanager
+def _what_is_kept(folder: Path | None) -> Iterator[None]:
+    """Say after a failure that nothing is lost."""
+    try:
+        yield
+    except (SurveyFailed, LdaClientError, KeyboardInterrupt):
+        if folder is not None and (folder / "journal").exists():
+            note(f"What is finished is kept; go on with `lda survey --resume {folder}`.")
+        raise
 
 
 def _new_survey(
