@@ -6,8 +6,6 @@ VENV   ?= .venv
 ARGS   ?=
 # Where `make train-demo` writes; the default replaces the bundled pair.
 OUTPUT ?= lda_service/pairs/demo
-# What `make breaking` compares the contract with: the first of these that git knows.
-BASES  ?= origin/main main
 
 BIN     := $(VENV)/bin
 # protoc looks for its plugins on the PATH.
@@ -24,10 +22,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo serve test test-mesh fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
+.PHONY: help install demo serve test test-clients test-mesh test-playground fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(DEV) ## Create the environment with everything in it
 
@@ -51,25 +49,27 @@ lint: $(DEV) breaking ## Check style, types, layers, the contract, generated cod
 	$(BIN)/buf lint
 	$(BIN)/buf format -d --exit-code proto
 	$(GENERATE) --check
+	$(BIN)/python tools/readmes.py --check
 	$(BIN)/python tools/envoy.py --check
 	$(BIN)/hadolint Dockerfile
 
-breaking: $(DEV) ## Compare the contract with the main branch; skipped where git knows none
-	@set -eu; for base in $(BASES); do \
-	  git rev-parse -q --verify "$$base:buf.yaml" >/dev/null 2>&1 || continue; \
-	  old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; \
-	  git archive "$$base" buf.yaml proto third_party | tar -x -C "$$old"; \
-	  $(BIN)/buf breaking --against "$$old"; \
-	  echo "breaking: the contract keeps what $$base promises"; exit 0; \
-	done; \
-	echo "breaking: SKIPPED, git knows none of: $(BASES)"
+breaking: $(DEV) ## Compare the contract with that of the last release
+	$(BIN)/python tools/contract.py check
 
 generate: $(DEV) ## Write the generated code of the contract
 	$(GENERATE)
 	$(BIN)/python tools/envoy.py
+	$(BIN)/python tools/readmes.py
 
 train-demo: $(RUNTIME) ## Train the bundled pair again, into OUTPUT
 	$(BIN)/python -m lda_service.pairs.demo.recipe --output $(OUTPUT)
+
+test-clients: $(DEV) ## Build the clients of all languages, run them through the same cases; flags in ARGS
+	$(BIN)/python clients/conformance/run.py --build $(ARGS)
+
+test-playground: $(DEV) ## Build the web page and drive it in Chromium
+	cd clients/playground && npm ci --silent && npm run -s build:check && npm test -s && \
+	  LDA_PYTHON="$(abspath $(BIN))/python" npm run -s e2e
 
 fuzz: $(DEV) ## Send 100,000 bad requests to a server; flags in ARGS
 	$(BIN)/python tests/reliability/fuzz.py $(ARGS)

@@ -37,6 +37,7 @@ class Client:
     adapter: list[str]
     tools: list[str] = field(default_factory=list)
     build: list[str] = field(default_factory=list)
+    tests: dict[str, list[str]] = field(default_factory=dict)
     samples: dict[str, list[str]] = field(default_factory=dict)
 
     def missing_tools(self) -> list[str]:

@@ -28,7 +28,7 @@ from servers import ServerFailed, Servers
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-ANSWER_S, SAMPLE_S, BUILD_S = 30.0, 120.0, 1200.0
+ANSWER_S, SAMPLE_S, TESTS_S, BUILD_S = 30.0, 120.0, 600.0, 1200.0
 PASSED, FAILED, SKIPPED = "ok", "FAILED", "-"
 
 
@@ -84,19 +84,29 @@ def run_cases(chosen: Iterable[cases.Case], client: Client, servers: Servers) ->
 
 def run_samples(client: Client, target: str) -> list[Outcome]:
     """The samples of one client against the bundled pair; the last line must be `ok`."""
-    return [run_sample(client, name, command, target) for name, command in client.samples.items()]
+    samples = client.samples.items()
+    return [run_command(client, f"sample {name}", each, SAMPLE_S, "ok", LDA_TARGET=target) for name, each in samples]
 
 
-def run_sample(client: Client, name: str, command: list[str], target: str) -> Outcome:
-    """One sample."""
+def run_tests(client: Client) -> list[Outcome]:
+    """What a client checks by itself: its own tests, style, fresh generated code."""
+    tools = {"BUF": str(Path(sys.executable).with_name("buf")), "LDA_PYTHON": sys.executable}
+    return [run_command(client, f"own {name}", each, TESTS_S, **tools) for name, each in client.tests.items()]
+
+
+def run_command(
+    client: Client, row: str, command: list[str], timeout_s: float, last_line: str | None = None, **environment: str
+) -> Outcome:
+    """A command that must succeed, and end with this line if one is given."""
     begun = time.monotonic()
     try:
-        ended = client.run(command, SAMPLE_S, LDA_TARGET=target)
-        right = ended.returncode == 0 and ended.stdout.rstrip().rpartition("\n")[2].strip() == "ok"
-        found = () if right else (f"exit {ended.returncode}, printed: {ended.stdout[-1000:]!r}",)
+        ended = client.run(command, timeout_s, **environment)
+        said = ended.stdout.rstrip().rpartition("\n")[2].strip()
+        right = ended.returncode == 0 and last_line in (None, said)
+        found = () if right else (f"exit {ended.returncode}, printed: {ended.stdout[-2000:]}",)
     except (OSError, subprocess.TimeoutExpired) as error:
         found = (f"{type(error).__name__}: {error}",)
-    return Outcome(client.name, f"sample {name}", found, seconds=time.monotonic() - begun)
+    return Outcome(client.name, row, found, seconds=time.monotonic() - begun)
 
 
 def build(client: Client) -> str | None:
@@ -122,6 +132,8 @@ def run_client(
     outcomes = run_cases(chosen, client, servers)
     if options.case is None:
         outcomes += run_samples(client, servers.target("pair"))
+    if options.build and options.case is None:
+        outcomes += run_tests(client)
     return outcomes
 
 
@@ -178,7 +190,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--client", action="append", help="this client only; may be given again")
     parser.add_argument("--case", action="append", help="this case only, and no samples; may be given again")
-    parser.add_argument("--build", action="store_true", help="run the build commands first")
+    parser.add_argument("--build", action="store_true", help="build each client first, and run its own tests last")
     parser.add_argument("--junit", type=Path, help="write the outcomes here too")
     no_skip = os.environ.get("CI") == "true"
     parser.add_argument("--no-skip", action="store_true", default=no_skip, help="a missing tool is a failure")
