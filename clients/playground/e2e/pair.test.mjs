@@ -84,7 +84,7 @@ test("a token shows three distributions, and a fork goes on from exactly there",
   await shoot(page, "inspector");
   const heads = await page.locator("#inspector thead th").allTextContents();
   assert.deepEqual(heads.slice(0, 4), ["Candidate", "before", "after", "amplified, α = 1"]);
-  await page.locator("#inspector .fork").first().click();
+  await forkWithFirst();
   await said(page, "Done");
   assert.match(await page.textContent("#fork-how"), /exactly these \d+ tokens/);
   const kept = await page.textContent(".cell.amplified .kept");
@@ -102,10 +102,16 @@ test("a fork with the token that was drawn repeats the answer: prompt, tokens an
   await close(repeated);
 });
 
+/** Fork with the first other candidate, and wait until the fork has begun. */
+async function forkWithFirst() {
+  await page.locator("#inspector .fork").first().click();
+  await page.waitForSelector("#fork");
+}
+
 /** The ids of a fork with another token at this position. */
 async function forkedIds(position) {
   await page.locator(".cell.amplified .t").nth(position).click();
-  await page.locator("#inspector .fork").first().click();
+  await forkWithFirst();
   await page.waitForFunction(() => location.hash.includes("fork="));
   return JSON.parse(new URLSearchParams(new URL(page.url()).hash.slice(1)).get("fork")).ids;
 }
@@ -131,7 +137,7 @@ test("a conversation of several turns forks through text, and the page says so",
   const turns = [...QUESTION.turns, ["assistant", "Rome."], ["user", "What colour is grass?"]];
   await compared({ turns });
   await page.locator(".cell.amplified .t").nth(1).click();
-  await page.locator("#inspector .fork").first().click();
+  await forkWithFirst();
   assert.match(await said(page, "Done"), /Forked through text/);
   assert.match(await page.textContent("#fork-how"), /as text/);
 });
@@ -323,7 +329,8 @@ for (const view of ["compare", "rollouts"]) {
     await run(page);
     await said(page, "Done");
     if (view === "compare") await page.locator(".cell.amplified .t").first().click();
-    await page.waitForTimeout(300);
+    const top = await page.$eval("#results", (results) => results.getBoundingClientRect().top);
+    assert.ok(top < 400, "the results are out of sight");
     const [content, room] = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
     assert.ok(content <= room, `${content} px in ${room}`);
     await shoot(page, `narrow_${view}`);

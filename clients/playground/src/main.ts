@@ -55,6 +55,13 @@ function run(): void {
   if (store.settings.view === "compare") compare();
   else rollOut();
   showRunning();
+  revealResults();
+}
+
+/** Where there is room for one column only, the results are far below the button. */
+function revealResults(): void {
+  const results = byId("results");
+  if (results.getBoundingClientRect().top > innerHeight / 2) results.scrollIntoView();
 }
 
 /** Unless it is kept, a seed is used once. A fork goes on with the noise of its run. */
