@@ -326,8 +326,9 @@ def _page_route(file: Path, name: str) -> Config:
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
     }
+    reads = {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|HEAD"}}}
     return {
-        "match": {"path": "/" if is_entry else f"/{name}"},
+        "match": {"path": "/" if is_entry else f"/{name}", "headers": [reads]},
         "direct_response": {"status": 200, "body": {"filename": str(file)}},
         "response_headers_to_add": _response_headers(headers),
         "typed_per_filter_config": _not_transcoded(),

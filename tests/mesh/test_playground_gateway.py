@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import pytest_asyncio
@@ -26,11 +26,12 @@ async def server():
     await started.kill()
 
 
-async def get(server, path):
+async def get(server, path, method="GET"):
     """(headers, body) of what is served there."""
+    request = Request(f"http://127.0.0.1:{server.http_port}{path}", method=method)
 
     def ask():
-        with urlopen(f"http://127.0.0.1:{server.http_port}{path}", timeout=WAIT_S) as response:
+        with urlopen(request, timeout=WAIT_S) as response:
             return response.headers, response.read()
 
     return await asyncio.to_thread(ask)
@@ -67,11 +68,18 @@ async def test_the_page_needs_nothing_from_elsewhere():
 
 
 async def test_other_paths_stay_what_they_were(server):
-    """The list of paths is where it was; a path that nobody knows is 404."""
+    """The list of paths is where it was; a path that nobody knows is 404, and so is a page that is not asked for."""
     _, body = await get(server, "/docs")
     assert b"/v1:generateLda" in body
-    with pytest.raises(HTTPError, match="404"):
-        await get(server, "/index.htm")
+    for path, method in (("/index.htm", "GET"), ("/", "POST")):
+        with pytest.raises(HTTPError, match="404"):
+            await get(server, path, method)
+
+
+async def test_a_page_may_be_asked_for_its_headers_alone(server):
+    """HEAD has the headers of GET and no body."""
+    headers, body = await get(server, "/", "HEAD")
+    assert (headers["cache-control"], body) == ("no-cache", b"")
 
 
 async def test_a_front_without_the_folder_serves_no_page():
@@ -79,4 +87,4 @@ async def test_a_front_without_the_folder_serves_no_page():
     config = bootstrap(Front("127.0.0.1", 0, "127.0.0.1", 1), tcp("127.0.0.1", 0), "lda.pb")
     manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     routes = manager["route_config"]["virtual_hosts"][0]["routes"]
-    assert {"path": "/"} not in [route["match"] for route in routes]
+    assert "/" not in [route["match"].get("path") for route in routes]
