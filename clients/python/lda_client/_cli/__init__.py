@@ -12,6 +12,8 @@ from lda_client._cli.info import info
 from lda_client._cli.runs import runs
 from lda_client._cli.score import score
 from lda_client._version import __version__
+from lda_client.lab.cli import COMMANDS as LAB
+from lda_client.lab.cli_estimate import COMMANDS as ESTIMATES
 
 EXAMPLES = """\b
 Examples:
@@ -34,5 +36,5 @@ def lda() -> None:
     """
 
 
-for command in (generate, both, score, compat, info, runs, completion):
+for command in (generate, both, score, compat, info, runs, completion, *LAB, *ESTIMATES):
     lda.add_command(command)
