@@ -406,7 +406,9 @@ def _ask_person(case: Case, place: int, total: int) -> str:
 @contextmanager
 def _counting(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar for judges that take long; on a terminal only."""
-    with click.progressbar(length=total, label="judged", file=sys.stderr, hidden=not shown) as bar:
+    with click.progressbar(
+        length=total, label="judged", file=sys.stderr, hidden=not (shown and sys.stderr.isatty())
+    ) as bar:
         yield bar.update
 
 
