@@ -19,9 +19,7 @@ from lda_client.testing import delta, finished, started
 ROOT = Path(__file__).parent.parent
 WAIT_S = 120.0
 PROMPTS = [Prompt("rome", "What is the capital of Italy?"), Prompt("who", "Who are you?")]
-PYTHON = [sys.executable, "-c"]
-RUN_COMMAND = "import sys; from lda_client.lab.cli import COMMANDS as c; {x.name: x for x in c}[sys.argv.pop(1)]()"
-LAB = [*PYTHON, RUN_COMMAND]
+LDA = [sys.executable, "-m", "lda_client.cli"]
 
 
 def drawn_text(request, index):
@@ -64,7 +62,7 @@ def undisturbed(folder, server, settings, prompts=PROMPTS):
 def start_survey(folder, *arguments):
     """`lda survey` as a process."""
     return subprocess.Popen(
-        [*LAB, "survey", "--out", str(folder), *arguments],
+        [*LDA, "survey", "--out", str(folder), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 from lab_harness import PROMPTS, answer, quick
+from lda_client._cli import lda
 from lda_client.lab import JudgeError, RunError, run_survey
 from lda_client.lab.agreement import Agreement, agree, cohen_kappa, share
-from lda_client.lab.cli import agree as agree_command
 from lda_client.lab.judges import PatternJudge, judge_run
 from lda_client.testing import FakeServer
 
@@ -78,11 +78,11 @@ def test_only_what_both_decided_counts(run):
 def test_the_command_keeps_quality(run):
     """With --reference, as JSON for the estimators; without, nothing is kept."""
     runner = CliRunner()
-    plain = runner.invoke(agree_command, [str(run.path), "one", "two"])
+    plain = runner.invoke(lda, ["agree", str(run.path), "one", "two"])
     assert plain.exit_code == 0, plain.output
     assert "kappa" in plain.stdout
     assert not run.quality_path("one").exists()
-    kept = runner.invoke(agree_command, [str(run.path), "one", "two", "--reference"])
+    kept = runner.invoke(lda, ["agree", str(run.path), "one", "two", "--reference"])
     assert kept.exit_code == 0, kept.output
     quality, agreement = json.loads(run.quality_path("one").read_text()), agree(run, "one", "two")
     assert quality["sensitivity"] == agreement.sensitivity._asdict()

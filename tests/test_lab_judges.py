@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 from lab_harness import PROMPTS, answer, quick
+from lda_client._cli import lda
 from lda_client.lab import JudgeError, Pace, Run, RunError, resume_survey, run_survey
 from lda_client.lab._llm_judge import LlmJudge, read_answer
-from lda_client.lab.cli import judge as judge_command
 from lda_client.lab.judges import ClassifierJudge, FunctionJudge, HumanJudge, Judge, PatternJudge, Verdict, judge_run
 from lda_client.testing import FakeServer, delta, finished, started
 
@@ -364,7 +364,7 @@ def test_more_rollouts_keep_the_labels_a_random_sample(tmp_path):
 
 
 def invoke(*arguments, **options):
-    return CliRunner().invoke(judge_command, [str(argument) for argument in arguments], **options)
+    return CliRunner().invoke(lda, ["judge", *map(str, arguments)], **options)
 
 
 def test_the_command_prints_rates(run):
