@@ -51,7 +51,7 @@ from lda_service.engine.static_decoder import StaticDecoder
 from lda_service.errors import ConfigError, ContextExceeded, InternalError, PromptUnusable, QueueFull
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from lda_service.config import EngineConfig
     from lda_service.engine.pair import Pair
@@ -607,16 +607,24 @@ class Engine:
     # Evidence -------------------------------------------------------------------------------------------------------
 
     def _add_scores(self, batch: Batch) -> None:
-        """Add log q_alpha of the drawn tokens to the sequences that asked for it."""
-        wanting = [i for i, s in enumerate(batch.sequences) if len(s.state.alpha_scores)]
-        for i in wanting:
-            sequence = batch.sequences[i]
-            alphas = self._column(list(_request(sequence).output.score_alphas))
-            row = slice(i, i + 1)
-            temperature = torch.where(batch.settings.temperature[row] > 0, batch.settings.temperature[row], 1.0)
-            logits = self.sampler.forbid(batch.drawable[row]), self.sampler.forbid(batch.before[row])
-            scores = score(*logits, batch.drawn.tokens[row], alphas, temperature)
-            sequence.state.alpha_scores += scores[0].cpu()
+        """Add log q_alpha of the drawn tokens to the sequences that asked for it, those of the same alphas at once."""
+        for rows in self._rows_scored_together(batch):
+            alphas = self._column(list(_request(batch.sequences[rows[0]]).output.score_alphas))
+            temperature = batch.settings.temperature[rows]
+            temperature = torch.where(temperature > 0, temperature, 1.0)
+            logits = self.sampler.forbid(batch.drawable[rows]), self.sampler.forbid(batch.before[rows])
+            scores = score(*logits, batch.drawn.tokens[rows], alphas, temperature).cpu()
+            for i, row in zip(rows, scores, strict=True):
+                batch.sequences[i].state.alpha_scores += row
+
+    def _rows_scored_together(self, batch: Batch) -> Iterable[list[int]]:
+        """Row by row if results may not depend on company: how torch sums a row depends on how many there are."""
+        groups: dict[object, list[int]] = {}
+        for i, sequence in enumerate(batch.sequences):
+            if len(sequence.state.alpha_scores):
+                key = i if self.config.deterministic else _request(sequence).output.score_alphas
+                groups.setdefault(key, []).append(i)
+        return groups.values()
 
     def _diagnose(self, batch: Batch) -> dict[int, Diagnostics]:
         """Diagnostics by row, for the rows that asked."""
