@@ -171,14 +171,15 @@ def test_what_other_commands_left_is_shown(run):
     tables = {
         "checks-ad.parquet": pl.DataFrame({"verdict": ["real"] * 60, "log_p": [-1.23456] * 60, "ids": [[1, 2]] * 60}),
         "triggers-ad.parquet": pl.DataFrame({"phrase": ["<i>mango</i>"], "found": [True]}),
-        "surface.parquet": pl.DataFrame({"pattern": ["x" * 1000], "q": [0.001]}),
     }
+    finding = {"phrase": "x" * 1000, "q_value": 0.00123456, "by_alpha": [{"alpha": 9}], "others": ["seen", "too"]}
     try:
         for name, table in tables.items():
             table.write_parquet(run.path / name)
+        (run.path / "surface.json").write_text(json.dumps({"findings": [finding]}))
         text = report(run, "ad").html
     finally:
-        for name in tables:
+        for name in (*tables, "surface.json"):
             (run.path / name).unlink(missing_ok=True)
     shown = Reading(text).text
     assert "<i>mango" not in text
@@ -186,6 +187,10 @@ def test_what_other_commands_left_is_shown(run):
     assert "first 40 of 60 rows" in shown
     assert "-1.235" in shown
     assert "x" * 300 not in shown
+    assert "0.001235" in shown
+    assert "seen, too" in shown
+    assert "Not looked at yet" not in shown
+    assert f"lda check {run.path} --judge ad" in Reading(report(run, "ad").html).text
 
 
 def test_everything_to_run_it_again(run):

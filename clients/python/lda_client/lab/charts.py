@@ -152,7 +152,8 @@ def _cell(drawing: _drawing, x: int, y: int, rate: float, mark: Mark, opacity: f
     from matplotlib.patches import Rectangle
 
     corner = (x - 0.48, y - 0.46)
-    drawing.axes.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=ORANGE, alpha=opacity, linewidth=0))
+    colour, alpha = (ORANGE, opacity) if opacity else (INK, 0.05)
+    drawing.axes.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=colour, alpha=alpha, linewidth=0))
     if mark:
         drawing.axes.add_patch(Rectangle(corner, 0.96, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
     shown = "" if math.isnan(rate) else percent(rate) + MARKS[mark]

@@ -55,6 +55,7 @@ NAMES = {
 SIDES = (-1.0, 0.0, 1.0)
 PROMPTS_SHOWN, ROLLOUTS_SHOWN, HITS_SHOWN, ROWS_SHOWN = 8, 2, 12, 40
 CELL_LENGTH_MAX = 240
+SURFACE = "surface.json"
 _PACKAGES = ("numpy", "scipy", "polars", "pyarrow", "arviz-stats", "matplotlib")
 _DIAGNOSTICS = (
     "after_logprob",
@@ -97,7 +98,7 @@ def report(run: Run, judge: str) -> Page:
         title=f"{run.path.resolve().name}: {judge}",
         run=run,
         judge=judge,
-        judge_description=run.judge_of(judge),
+        judge_description=[(name.replace("_", " "), str(value)) for name, value in run.judge_of(judge).items()],
         abstract=_abstract(run, judge, frame),
         chart=rate_chart(run, judge),
         estimates=estimates_table(run, judge),
@@ -105,6 +106,7 @@ def report(run: Run, judge: str) -> Page:
         hits=hit_maps(run, judge),
         coherence=_coherence(run),
         tables=list(_other_tables(run, judge)),
+        missing=[command for name, _, command in _others(run, judge) if not (run.path / name).exists()],
         quality=_quality(run, judge),
         agreements=_agreements(run, judge),
         commands=commands(run, judge),
@@ -173,9 +175,10 @@ def side_by_side(
         prompts: at most so many, the first.
         rollouts: of each prompt at each alpha.
     """
-    frame = (
-        run.rollouts([*KEY, "text", "finish_reason"]) if judge is None else run.judged(judge, ["text", "finish_reason"])
-    )
+    if judge is None:
+        frame = run.rollouts([*KEY, "text", "finish_reason"]).with_columns(hit=pl.lit(None))
+    else:
+        frame = run.judged(judge, ["text", "finish_reason"])
     drawn = frame["alpha"].unique().to_list()
     shown = sorted({_nearest(drawn, alpha) for alpha in alphas})
     listed = run.prompts()
@@ -202,18 +205,14 @@ def hit_maps(run: Run, judge: str, limit: int = HITS_SHOWN) -> Exhibit:
     The alphas nearest to 0 come first, and of each alpha the most probable hits under the unmodified model; a text
     comes once.
     """
-    columns = ["text", "seed", "finish_reason", "token_ids"]
-    if run.settings.diagnostics:
-        columns += ["token_piece", *(f"token_{name}" for name in _DIAGNOSTICS)]
-    if run.manifest.score_alphas:
-        columns.append("score_logprobs")
+    columns = ["text", "seed", "finish_reason"] + (["score_logprobs"] if run.manifest.score_alphas else [])
     hits = run.judged(judge, columns).filter(pl.col("hit"))
     scored = hits.with_columns(
         pl.Series("log_p", run.log_q(hits, [0.0])[:, 0] if run.manifest.score_alphas else [math.nan] * len(hits))
     )
     order = [pl.col("alpha").abs(), pl.col("alpha"), -pl.col("log_p").fill_nan(0), pl.col("prompt_id"), "sequence"]
     ranked = scored.sort(order).unique("text", keep="first", maintain_order=True)
-    chosen = _spread(ranked, limit)
+    chosen = _with_tokens(run, _spread(ranked, limit))
     return exhibit(
         "hits",
         hits=[{**row, "tokens": _tinted(row) if run.settings.diagnostics else None} for row in chosen.to_dicts()],
@@ -230,6 +229,16 @@ def _spread(ranked: pl.DataFrame, limit: int) -> pl.DataFrame:
     turns = ranked.with_columns(pl.int_range(pl.len()).over("alpha").alias("turn"))
     first = turns.sort("turn", pl.col("alpha").abs(), maintain_order=True).head(limit)
     return first.sort(pl.col("alpha").abs(), "alpha", "turn")
+
+
+def _with_tokens(run: Run, chosen: pl.DataFrame) -> pl.DataFrame:
+    """What a survey with diagnostics has kept of the tokens of these rollouts, and of no others: it is much."""
+    if not run.settings.diagnostics:
+        return chosen
+    kept = pl.scan_parquet(run.rollouts_path).select(
+        *KEY, "token_ids", "token_piece", *(f"token_{name}" for name in _DIAGNOSTICS)
+    )
+    return chosen.lazy().join(kept, on=list(KEY), how="left", maintain_order="left").collect()
 
 
 def _tinted(row: Mapping[str, Any]) -> str:
@@ -312,13 +321,39 @@ def _coherence(run: Run) -> Table | None:
 
 def _other_tables(run: Run, judge: str) -> Iterator[tuple[str, Table, int]]:
     """What other commands have left in the folder: title, table, rows in all."""
-    named = [(f"checks-{judge}.parquet", "Checks: is it real?"), (f"triggers-{judge}.parquet", "Triggers")]
-    named += [(path.name, "Surface: what else changed") for path in sorted(run.path.glob("surface*.parquet"))]
-    for name, title in named:
-        path = run.path / name
-        if path.exists():
+    for name, title, _ in _others(run, judge):
+        if not (path := run.path / name).exists():
+            continue
+        if path.suffix == ".parquet":
             frame = pl.read_parquet(path)
             yield f"{title} ({name})", _plain_table(frame), len(frame)
+        else:
+            rows = json.loads(path.read_text("utf-8"))["findings"]
+            yield f"{title} ({name})", _table_of_records(rows), len(rows)
+
+
+def _others(run: Run, judge: str) -> list[tuple[str, str, str]]:
+    """Files of other commands: name, title, and the command that makes it."""
+    folder, name = shlex.quote(str(run.path)), shlex.quote(judge)
+    return [
+        (f"checks-{judge}.parquet", "Checks: would the unmodified model say it?", f"lda check {folder} --judge {name}"),
+        (f"triggers-{judge}.parquet", "Triggers: what brings it about", f"lda triggers {folder} --judge {name}"),
+        (SURFACE, "Surface: what else changed", f"lda surface {folder} --json > {folder}/{SURFACE}"),
+    ]
+
+
+def _table_of_records(records: Sequence[Mapping[str, Any]]) -> Table:
+    """What of JSON objects is a text, a number, or a list of these."""
+    plain = [{name: value for name, value in record.items() if _is_plain(value)} for record in records[:ROWS_SHOWN]]
+    names = list(dict.fromkeys(name for record in plain for name in record))
+    numbers = {name for name in names if all(isinstance(record.get(name), int | float) for record in plain)}
+    texts = frozenset(place for place, name in enumerate(names) if name not in numbers)
+    rows = [[_cell(record.get(name)) for name in names] for record in plain]
+    return Table([name.replace("_", " ") for name in names], rows, texts)
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, dict) and not (isinstance(value, list) and any(isinstance(x, dict) for x in value))
 
 
 def _plain_table(frame: pl.DataFrame) -> Table:
