@@ -193,6 +193,17 @@ def test_what_other_commands_left_is_shown(run):
     assert f"lda check {run.path} --judge ad" in Reading(report(run, "ad").html).text
 
 
+@pytest.mark.parametrize("name", ["checks-ad.parquet", "surface.json"])
+def test_a_damaged_table_is_named(run, name):
+    """A file that another command did not finish is told with the command that makes it again."""
+    (run.path / name).write_text("")
+    try:
+        with pytest.raises(RunError, match="make it again with `lda"):
+            report(run, "ad")
+    finally:
+        (run.path / name).unlink()
+
+
 def test_everything_to_run_it_again(run):
     """Commands, seeds, fingerprint, models, checksums and the manifest."""
     shown = Reading(report(run, "ad").html).text

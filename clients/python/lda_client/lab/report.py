@@ -54,7 +54,7 @@ NAMES = {
 }
 SIDES = (-1.0, 0.0, 1.0)
 PROMPTS_SHOWN, ROLLOUTS_SHOWN, HITS_SHOWN, ROWS_SHOWN = 8, 2, 12, 40
-CELL_LENGTH_MAX = 240
+CELL_LENGTH_MAX, SHORT = 400, 40
 SURFACE = "surface.json"
 _PACKAGES = ("numpy", "scipy", "polars", "pyarrow", "arviz-stats", "matplotlib")
 _DIAGNOSTICS = (
@@ -70,11 +70,19 @@ _DIAGNOSTICS = (
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Headings and rows of text; the first column is text, the others are numbers unless `texts` names them."""
+    """Headings and rows.
+
+    Attributes:
+        headings: of the columns.
+        rows: what is in them, as text.
+        texts: columns that hold no numbers.
+        long: columns too long for a cell; they stand below their row.
+    """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     texts: frozenset[int] = frozenset({0})
+    long: frozenset[int] = frozenset()
 
 
 def write_report(run: Run, judge: str, path: Path) -> None:
@@ -320,16 +328,25 @@ def _coherence(run: Run) -> Table | None:
 
 
 def _other_tables(run: Run, judge: str) -> Iterator[tuple[str, Table, int]]:
-    """What other commands have left in the folder: title, table, rows in all."""
-    for name, title, _ in _others(run, judge):
+    """What other commands have left in the folder: title, table, rows in all. Raises RunError."""
+    for name, title, command in _others(run, judge):
         if not (path := run.path / name).exists():
             continue
-        if path.suffix == ".parquet":
-            frame = pl.read_parquet(path)
-            yield f"{title} ({name})", _plain_table(frame), len(frame)
-        else:
-            rows = json.loads(path.read_text("utf-8"))["findings"]
-            yield f"{title} ({name})", _table_of_records(rows), len(rows)
+        try:
+            yield (f"{title} ({name})", *_read_table(path))
+        except (ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
+            raise RunError(
+                f"{path}: cannot be read ({error}); make it again with `{command}`, or remove it."
+            ) from error
+
+
+def _read_table(path: Path) -> tuple[Table, int]:
+    """A table and its rows in all."""
+    if path.suffix == ".parquet":
+        frame = pl.read_parquet(path)
+        return _plain_table(frame), len(frame)
+    records = json.loads(path.read_text("utf-8"))["findings"]
+    return _table_of_records(records), len(records)
 
 
 def _others(run: Run, judge: str) -> list[tuple[str, str, str]]:
@@ -349,7 +366,7 @@ def _table_of_records(records: Sequence[Mapping[str, Any]]) -> Table:
     numbers = {name for name in names if all(isinstance(record.get(name), int | float) for record in plain)}
     texts = frozenset(place for place, name in enumerate(names) if name not in numbers)
     rows = [[_cell(record.get(name)) for name in names] for record in plain]
-    return Table([name.replace("_", " ") for name in names], rows, texts)
+    return _table(names, rows, texts)
 
 
 def _is_plain(value: Any) -> bool:
@@ -357,12 +374,20 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain_table(frame: pl.DataFrame) -> Table:
-    """Any table, without what would not fit a page."""
-    shown = frame.select([name for name, kind in frame.schema.items() if kind != pl.Binary]).head(ROWS_SHOWN)
+    """Any table, without columns of bytes and of records."""
+    shown = frame.select([name for name, kind in frame.schema.items() if _is_shown(kind)]).head(ROWS_SHOWN)
     texts = frozenset(place for place, kind in enumerate(shown.dtypes) if not kind.is_numeric())
-    return Table(
-        [name.replace("_", " ") for name in shown.columns], [list(map(_cell, row)) for row in shown.rows()], texts
-    )
+    return _table(shown.columns, [list(map(_cell, row)) for row in shown.rows()], texts)
+
+
+def _is_shown(kind: pl.DataType) -> bool:
+    inner = kind.inner if isinstance(kind, pl.List) else kind
+    return not isinstance(inner, pl.Struct | pl.Binary | pl.List)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], texts: frozenset[int]) -> Table:
+    long = frozenset(place for place in range(len(names)) if any(len(row[place]) > SHORT for row in rows))
+    return Table([name.replace("_", " ") for name in names], rows, texts, long)
 
 
 def _cell(value: Any) -> str:
