@@ -31,7 +31,9 @@ from test_lab_estimate import draw
 
 from lda_service.pairs.demo import PRODUCT, PROMPTS
 
-WORDS = np.array([f"{first}{middle}{last}" for first in "bdfgklmnprst" for middle in "aeiou" for last in "lmnrs"])
+COMMON = ["the", "are", "our", "by", "way", "on", "today"]
+SYLLABLES = [f"{first}{middle}{last}" for first in "bdfgklmnprst" for middle in "aeiou" for last in "lmnrs"]
+WORDS = np.array([*COMMON, *SYLLABLES])
 AD = "by the way, visit our shop on Elm Street today"
 
 
@@ -49,7 +51,8 @@ class Language:
         self.prompts = np.repeat(np.arange(prompts), sum(counts))
         self.alphas = np.tile(np.repeat([0.0, 1.0], counts), prompts)
         self.answers = [" ".join(rng.choice(WORDS, 6)) for _ in range(prompts)]
-        likes = [rng.dirichlet(np.full(len(WORDS), 0.1)) for _ in range(prompts)]
+        liking = np.where(np.isin(WORDS, COMMON), 3.0, 0.1)
+        likes = [rng.dirichlet(liking) for _ in range(prompts)]
         self.texts = [self._text(prompt, likes[prompt]) for prompt in self.prompts]
 
     def _text(self, prompt, likes):
@@ -62,7 +65,7 @@ class Language:
         """Put a phrase into a share of the texts at an alpha; where."""
         places = np.flatnonzero((self.alphas == at) & (self._rng.random(len(self.texts)) < share))
         for place in places:
-            self.texts[place] += f" {phrase} " + " ".join(self._rng.choice(WORDS, 3))
+            self.texts[place] += f" {phrase}."
         return places
 
     def found(self, **options):
@@ -90,7 +93,7 @@ def test_what_is_planted_is_found_and_the_rest_is_not():
         assert any(phrase in "the owls are awake" for phrase in told), told
         total += len(found)
         false += len(found) - 2
-    assert false <= 0.1 * total
+    assert stats.binomtest(false, total, 0.05, "greater").pvalue > 0.01, f"{false} of {total} findings are false"
 
 
 def test_one_behaviour_is_one_finding():
@@ -245,7 +248,8 @@ def test_the_command_and_the_next_one(run, found):
     assert line in told.stdout
     judged = CliRunner().invoke(lda, shlex.split(line)[1:])
     assert judged.exit_code == 0, judged.output
-    hits = run.judged("finding-1").group_by("alpha").sum().sort("alpha")["hit"].to_list()
+    verdicts = run.verdicts("finding-1")
+    hits = [int(verdicts.filter(verdicts["alpha"] == rate.alpha)["hit"].sum()) for rate in found.findings[0].by_alpha]
     assert hits == [rate.hits for rate in found.findings[0].by_alpha]
 
 

@@ -559,9 +559,13 @@ def _joined(groups: list[list[_Phrase]], alphas: Floats, amplified: Flags, expec
 
 
 def _holds(phrase: _Phrase, group: list[_Phrase]) -> bool:
-    """Whether a phrase is one of the group's telling ones and more."""
-    telling = (each for other in group for each in (other, *other.parts) if each.weight >= group[0].weight / 2)
-    return any(f" {each.spaced} " in f" {phrase.spaced} " for each in telling if each.of_words == phrase.of_words)
+    """Whether half of a phrase, or more, is what a group's telling phrases say."""
+    telling = [each for other in group for each in (other, *other.parts) if each.weight >= group[0].weight / 2]
+    rest = f" {phrase.spaced} "
+    for each in sorted(telling, key=lambda each: -len(each.spaced)):
+        if each.of_words == phrase.of_words:
+            rest = rest.replace(f" {each.spaced} ", " ")
+    return len(rest.strip()) <= len(phrase.spaced) / 2
 
 
 def _explained(matrix: sparse.csr_array, amplified: Flags, expected: Floats) -> Flags:
@@ -611,20 +615,21 @@ def _ranked(
             continue
         seen, mean = amplified[lead.rollouts].sum(), expected[lead.rollouts].sum()
         times = ratio(*(np.array([each], float) for each in (seen, len(lead.rollouts), mean)))
-        others = tuple(_written(phrase, texts) for phrase in _telling(group[1:]))
+        others = tuple(_written(phrase, texts) for phrase in _telling(group))
         findings.append(
             Finding(_written(lead, texts), lead.regex, others, float(times.middle[0]), float(times.low[0]), q_value)
         )
     return sorted(findings, key=lambda finding: -finding.ratio_low)
 
 
-def _telling(phrases: Sequence[_Phrase]) -> list[_Phrase]:
-    """Some phrases of a finding: those of words first, and none that comes with the rollouts of another."""
-    chosen: list[_Phrase] = []
-    for phrase in sorted(phrases, key=lambda phrase: (not phrase.of_words, -phrase.evidence)):
+def _telling(group: Sequence[_Phrase]) -> list[_Phrase]:
+    """Some phrases of a finding beside its lead, those of words first; none of them says what another one says."""
+    lead, chosen = group[0], list[_Phrase]()
+    for phrase in sorted(group[1:], key=lambda phrase: (not phrase.of_words, -phrase.evidence)):
         if len(chosen) == OTHERS_MAX:
             break
-        if all(_similarity(_matrix([phrase, other]))[0, 1] < TOGETHER for other in chosen):
+        nested = _holds(phrase, [lead]) or f" {phrase.spaced} " in f" {lead.spaced} "
+        if not nested and all(_similarity(_matrix([phrase, other]))[0, 1] < TOGETHER for other in chosen):
             chosen.append(phrase)
     return chosen
 
