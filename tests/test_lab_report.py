@@ -186,7 +186,7 @@ def test_what_other_commands_left_is_shown(run):
     assert "<i>mango</i>" in shown
     assert "first 40 of 60 rows" in shown
     assert "-1.235" in shown
-    assert "x" * 300 not in shown
+    assert "x" * 401 not in shown
     assert "0.001235" in shown
     assert "seen, too" in shown
     assert "Not looked at yet" not in shown
