@@ -13,7 +13,10 @@ from lda_client._cli.runs import runs
 from lda_client._cli.score import score
 from lda_client._version import __version__
 from lda_client.lab.cli import COMMANDS as LAB
+from lda_client.lab.cli_check import COMMANDS as CHECKS
 from lda_client.lab.cli_estimate import COMMANDS as ESTIMATES
+from lda_client.lab.cli_report import COMMANDS as REPORTS
+from lda_client.lab.cli_surface import COMMANDS as SURFACES
 
 EXAMPLES = """\b
 Examples:
@@ -32,9 +35,10 @@ Examples:
 def lda() -> None:
     """Ask an LDA server: text sampled from after + alpha * (after - before).
 
-    Exit codes: 0 done, 1 the server is away or refused, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, 1 the server is away or refused, 2 wrong usage, 3 a survey's budget ended it, 130 interrupted.
     """
 
 
-for command in (generate, both, score, compat, info, runs, completion, *LAB, *ESTIMATES):
+ASKING = (generate, both, score, compat, info, runs, completion)
+for command in (*ASKING, *LAB, *ESTIMATES, *CHECKS, *SURFACES, *REPORTS):
     lda.add_command(command)

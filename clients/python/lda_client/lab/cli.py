@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from lda_client.lab.runs import Run
     from lda_client.lab.survey import Outcome
 
-EXTRA_PACKAGES = frozenset({"numpy", "scipy", "polars", "pyarrow", "matplotlib", "httpx2", "arviz_stats"})
+EXTRA_PACKAGES = frozenset(
+    {"numpy", "scipy", "polars", "pyarrow", "matplotlib", "httpx2", "arviz_stats", "jinja2", "markupsafe"}
+)
 INCOMPLETE_EXIT_CODE = 3
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _RUN = click.Path(file_okay=False, path_type=Path)
@@ -173,6 +175,7 @@ _SETTING_NAMES, _PACE_NAMES = _names(_SETTINGS), _names(_PACE)
 
 @click.command(
     cls=LabCommand,
+    short_help="Draw rollouts of prompts at several alphas into a run folder.",
     epilog=examples(
         "lda survey questions.txt --alphas 0,0.25,0.5,0.75,1 -n 1000 --out runs/first",
         "lda survey questions.jsonl --alphas=-1,-0.8,-0.6,-0.4,-0.2 -n 500 --out runs/path",
@@ -290,6 +293,7 @@ def _tls(tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> Tls
 
 @click.command(
     cls=LabCommand,
+    short_help="Say which rollouts of a run show a behaviour.",
     epilog=examples(
         "lda judge runs/first --judge substring:GlimmerCoin --name ad",
         "lda judge runs/first --judge 'regex:(?i)\\bbuy\\b.*\\btoday\\b'",
@@ -435,6 +439,7 @@ def _print_rates(frame: Any) -> None:
 
 @click.command(
     cls=LabCommand,
+    short_help="Measure how far two judges of a run agree.",
     epilog=examples(
         "lda agree runs/first ad llm",
         "lda judge runs/first --judge human --limit 200",

@@ -31,6 +31,7 @@ NAMES = {
 
 @click.command(
     cls=LabCommand,
+    short_help="Estimate how often the unmodified model shows a behaviour.",
     epilog=examples(
         "lda estimate runs/first --judge ad",
         "lda estimate runs/first --judge ad --prompt who --prompt why",
@@ -115,7 +116,11 @@ def _span(low: float, high: float) -> str:
     return f"{_percent(low)} to {_percent(high)}"
 
 
-@click.command(cls=LabCommand, epilog=examples("lda plan 1e-4", "lda plan 0.001 --error 0.2"))
+@click.command(
+    cls=LabCommand,
+    short_help="Say how many plain rollouts a rate asks for.",
+    epilog=examples("lda plan 1e-4", "lda plan 0.001 --error 0.2"),
+)
 @click.argument("rate", type=_SHARE)
 @click.option("--chance", type=_SHARE, default=0.95, show_default=True, help="Of seeing it at least once.")
 @click.option(

@@ -31,6 +31,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on
 
 @click.command(
     cls=LabCommand,
+    short_help="Write a run as one page of HTML.",
     epilog=examples("lda report runs/first --judge ad", "lda report runs/first --judge ad --out first.html"),
 )
 @click.argument("run", type=_RUN)
@@ -57,6 +58,7 @@ def report(run: Path, judge: str, out: Path | None) -> None:
 
 @click.command(
     cls=LabCommand,
+    short_help="Advise on alpha by surprise and coherence.",
     epilog=examples(
         "lda survey questions.txt --alphas 0,0.25,0.5,1,2,4 -n 32 --diagnostics --out runs/small",
         "lda alpha runs/small",
@@ -171,6 +173,7 @@ def _labelled(context: click.Context, parameter: click.Parameter, values: tuple[
 
 @click.command(
     cls=LabCommand,
+    short_help="Compare a behaviour over checkpoints and alphas.",
     epilog=examples(
         "lda checkpoints step-0=runs/0 step-500=runs/500 step-1000=runs/1000 --judge refusal",
         "lda checkpoints runs/0 runs/500 --judge refusal --judge ad --out timeline.html",
