@@ -135,6 +135,14 @@ def test_prompts_are_compared_with_themselves():
     assert find_enriched(texts, alphas.astype(int), alphas, alphas > 0) == ([], 0)
 
 
+def test_texts_without_words_and_without_rollouts():
+    """Empty texts, half characters and empty runs are no findings and no errors."""
+    alphas, prompts = np.tile([0.0, 1.0], 50), np.zeros(100, int)
+    assert find_enriched([""] * 100, prompts, alphas, alphas > 0) == ([], 0)
+    assert find_enriched(["x \ud800"] * 100, prompts, alphas, alphas > 0)[0] == []
+    assert find_enriched([], prompts[:0], alphas[:0], alphas[:0] > 0) == ([], 0)
+
+
 @pytest.mark.parametrize(("held", "drawn", "amplified"), [((2, 3, 1, 4), 60, 30), ((10, 2, 7, 1), 40, 30)])
 def test_p_values_bound_the_exact_ones(held, drawn, amplified):
     """The bound is never below the exact tail over prompts, and close to it for what is rare."""
@@ -238,6 +246,8 @@ def test_other_alphas(run):
         surface_run(run, (0.0,), (0.0,))
     with pytest.raises(SurfaceError, match="alphas above 0"):
         surface_run(run, (), (0.6,))
+    with pytest.raises(SurfaceError, match="must be others"):
+        surface_run(run, (0.6,), ())
 
 
 def test_the_command_and_the_next_one(run, found):

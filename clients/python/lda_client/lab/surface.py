@@ -274,7 +274,7 @@ def _sides(
     run: Run, frame: pl.DataFrame, alphas: Sequence[float], against: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     drawn = sorted(frame["alpha"].unique())
-    amplified = tuple(alphas) or tuple(alpha for alpha in drawn if alpha > max(against))
+    amplified = tuple(alphas) or tuple(alpha for alpha in drawn if alpha > max(against, default=math.inf))
     for alpha in (*amplified, *against):
         if alpha not in drawn:
             known = ", ".join(f"{each:g}" for each in drawn)
@@ -282,7 +282,7 @@ def _sides(
                 f"{run.path}: has no rollouts at alpha {alpha:g}, only at {known}. Choose among these with --alpha and "
                 "--against, or draw a survey that has both sides, such as `lda survey ... --alphas 0,0.5,1`."
             )
-    if not amplified or set(amplified) & set(against):
+    if not (amplified and against) or set(amplified) & set(against):
         raise SurfaceError(
             f"{run.path}: amplified rollouts and those they are compared with must be others. Choose them with "
             "--alpha and --against, or draw a survey with alphas above 0."
