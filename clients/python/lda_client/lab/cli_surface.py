@@ -38,6 +38,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 
 @click.command(
     cls=LabCommand,
+    short_help="Find what amplified rollouts say and plain ones do not.",
     epilog=examples(
         "lda surface runs/first",
         "lda surface runs/first --alpha 0.5,1 --top 5",

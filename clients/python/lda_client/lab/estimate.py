@@ -107,7 +107,7 @@ def estimate_run(run: Run, judge: str, prompt_ids: Sequence[str] = (), level: fl
     frame = _of_prompts(run, run.judged(judge, ["score_logprobs"]), prompt_ids)
     decided = frame.drop_nulls("hit")
     quality = read_quality(run, judge)
-    estimates = _estimates(run, decided, level)
+    estimates = estimates_of(run, decided, level)
     if quality is not None:
         estimates = tuple(corrected(estimate, quality) for estimate in estimates)
     return RunEstimates(
@@ -179,7 +179,8 @@ def _by_alpha(frame: pl.DataFrame, level: float) -> list[AlphaRate]:
     return rates
 
 
-def _estimates(run: Run, frame: pl.DataFrame, level: float) -> tuple[Estimate, ...]:
+def estimates_of(run: Run, frame: pl.DataFrame, level: float = LEVEL) -> tuple[Estimate, ...]:
+    """Naive, pooled and path, from the rollouts of a frame with `hit` and `score_logprobs`."""
     at_zero = frame.filter(frame["alpha"] == 0)
     plain = naive(int(at_zero["hit"].sum()), len(at_zero), level)
     if frame.is_empty():

@@ -29,7 +29,7 @@ from scipy import cluster, sparse, special, stats
 from scipy.spatial.distance import squareform
 
 from lda_client.lab._errors import LabError
-from lda_client.lab.estimate import AlphaRate, _estimates
+from lda_client.lab.estimate import AlphaRate, estimates_of
 from lda_client.lab.estimators import interval_of_count
 from lda_client.lab.judges import PatternJudge, judge_run
 from lda_client.lab.runs import KEY
@@ -652,7 +652,7 @@ def _described(
     hits = np.array([find(text) is not None for text in texts])
     alpha = frame["alpha"].to_numpy()
     judged = frame.with_columns(hit=hits)
-    estimates = _estimates(run, judged, LEVEL) if run.manifest.score_alphas else ()
+    estimates = estimates_of(run, judged, LEVEL) if run.manifest.score_alphas else ()
     shown = hits & np.isin(alpha, amplified)
     return replace(
         finding,
