@@ -262,12 +262,13 @@ async def test_cancelling_the_task_cancels_the_call(server):
         return ["Hel", HOLD]
 
     server.answer = hold
-    task = asyncio.create_task(generate(server))
-    await asyncio.wait_for(begun.wait(), WAIT_S)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert await asyncio.to_thread(server.wait_cancelled)
+    async with model_of(server) as model:
+        task = asyncio.create_task(model.generate("Hi"))
+        await asyncio.wait_for(begun.wait(), WAIT_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(server.wait_cancelled)
 
 
 async def test_a_full_queue_is_tried_again_when_the_server_says(server):

@@ -16,7 +16,7 @@ import math
 import os
 import random
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from google.protobuf.json_format import MessageToDict
 from inspect_ai.model import (
@@ -54,7 +54,7 @@ from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from inspect_ai.model import ChatMessage
+    from inspect_ai.model import ChatMessage, StopReason
     from inspect_ai.tool import ToolChoice, ToolInfo
     from tenacity import RetryCallState
 
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "LDA_TOKEN"
 
-_STOP_REASONS = {
+_STOP_REASONS: dict[int, StopReason] = {
     pb.FINISH_REASON_EOS: "stop",
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_MAX_TOKENS: "max_tokens",
@@ -251,7 +251,7 @@ class LdaAPI(ModelAPI):
         """Chat templates take one system turn."""
         return True
 
-    def force_reasoning_history(self) -> str:
+    def force_reasoning_history(self) -> Literal["none"]:
         """Leave out what another model of the conversation thought: templates have no place for it."""
         return "none"
 
