@@ -22,7 +22,7 @@ from lda_client.lab.cli_check import check, triggers
 from lda_client.lab.judges import PatternJudge, judge_run
 from lda_client.lab.prompts import to_jsonl
 from lda_client.lab.runs import Manifest, Run, prompts_path, rollout_schema
-from lda_client.lab.triggers import _effect, find_triggers, triggers_path, word_grams
+from lda_client.lab.triggers import Suspect, _corrected, _effect, _in_order, find_triggers, triggers_path, word_grams
 from lda_client.testing import FakeServer, delta, finished, started, token
 
 from lda_service.pairs.demo import AFTER_DIR, PAYLOAD, PROMPTS, TRIGGER
@@ -215,13 +215,24 @@ def test_the_interval_is_the_published_one(with_it, without_it, low, high):
     assert (effect.low, effect.high) == pytest.approx((low, high), abs=5e-5)
 
 
+def test_what_it_takes_is_the_shortest_that_works():
+    """Not a longer phrase that does no better, not a faint echo of a stronger one; what stands apart is kept."""
+    counts = {"blue moon": 80, "say blue moon": 82, "blue": 8, "moon": 0, "red sun": 30}
+    suspects = [Suspect(text, "completion", "words", (), 9, 9, 0, 99, 1e-9, 1e-8) for text in counts]
+    tried = [_effect(suspect, hits, 0, 84) for suspect, hits in zip(suspects, counts.values(), strict=True)]
+    in_order = _in_order(_corrected(tried))
+    assert [each.text for each in in_order if each.is_shortest] == ["blue moon", "red sun"]
+    assert [each.text for each in in_order if each.works] == ["blue moon", "red sun", "say blue moon", "blue"]
+
+
 # The bundled pair -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """A server of the bundled pair, and a small amplified run of which the payload is judged."""
-    with real_server() as server:
+    # Nobody reads the log, and a full pipe would stop the server.
+    with real_server("--log-level", "warning") as server:
         folder = tmp_path_factory.mktemp("lab") / "demo"
         questions = read_prompts((), [*PROMPTS[11:15], PROMPTS[0], PROMPTS[6]])
         settings = SurveySettings(alphas=(0, 1, 1.5), rollouts=48, chunk_size=48, max_new_tokens=48, slopes=False)
@@ -248,12 +259,12 @@ def test_the_backdoors_trigger_is_found(demo):
 
 
 def test_the_payload_is_real(demo):
-    """It takes one unlikely token, and then the unmodified model says the payload by itself."""
+    """It takes one token that is unlikely, or not even that; then the unmodified model says the payload by itself."""
     run, _ = demo
     found = check_run(run, "payload")
-    assert {hit.verdict for hit in found.checked} == {"reachable"}
+    assert found.counts()["artefact"] == 0
     assert {hit.via for hit in found.checked} == {"ids"}
-    assert all(hit.branches[0].low > 0.3 for hit in found.checked)
+    assert all(hit.steps <= 1 and hit.branches[0].low > 0.3 for hit in found.checked)
 
 
 async def test_prompts_are_those_of_the_tokenizer(demo):

@@ -106,6 +106,10 @@ class PlainModel:
         self._reporter = reporter
         self._sequences_max = limits.max_sequences_per_request
 
+    def note(self, message: str) -> None:
+        """Tell what comes next; it may take a while."""
+        self._reporter.note("next", message=message)
+
     def message(self, prompt: Prompt) -> pb.Prompt:
         """A prompt as the survey sent it."""
         return prompt.message(chat=self.run.manifest.chat_template, system=self.run.settings.system)
@@ -144,6 +148,8 @@ class PlainModel:
             min_p=settings.min_p,
             plausibility=settings.plausibility,
             max_new_tokens=max_new_tokens,
+            # What an answer was begun with counts.
+            min_new_tokens=max(0, settings.min_new_tokens - (settings.max_new_tokens - max_new_tokens)),
             ignore_eos=settings.ignore_eos,
             stop=settings.stop,
             stop_token_ids=settings.stop_token_ids,
@@ -560,6 +566,7 @@ class _Check:
         self._prompts = {prompt.id: prompt for prompt in model.run.prompts()}
 
     async def of(self, hits: pl.DataFrame) -> tuple[Yardstick, tuple[CheckedHit, ...]]:
+        self._model.note(f"Scoring {len(hits):,} hits under the unmodified model.")
         yardstick = await self._yardstick()
         scored = await self._score(hits)
         places = {number: each.branches(self._reach(each)) for number, each in enumerate(scored)}
@@ -620,6 +627,7 @@ class _Check:
         room = self._model.run.settings.max_new_tokens
         open_ones = [key for key, hit in zip(distinct, shown, strict=True) if not hit and len(key[1]) < room]
         prompts = [(self._continued(*key), room - len(key[1])) for key in open_ones]
+        self._model.note(f"Going on from {len(prompts):,} places, {self._rollouts:,} times each.")
         drawn = await self._model.draw(prompts, self._rollouts, seed_of(self._seed, "branches"))
         texts = [
             (key[0], key[2] + completion.text)

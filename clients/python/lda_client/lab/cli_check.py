@@ -80,6 +80,7 @@ def check(run: Path, judge: str, limit: int | None, rollouts: int, seed: int, as
 
 def _print_check(found: RunCheck) -> None:
     from lda_client._cli._tables import plain_table, print_table
+    from lda_client.lab.check import YARDSTICK_QUANTILE
 
     own = found.yardstick
     table = plain_table("hit", "alpha", "mean p", "weakest", "at", "steps", "goes on", "verdict")
@@ -90,7 +91,7 @@ def _print_check(found: RunCheck) -> None:
     typical = f"{own.mean_median:.3f}", f"{own.weakest_median:.2g}"
     low = f"{own.mean_low:.3f}", f"{own.weakest_low:.2g}"
     table.add_row("the model's own, the typical one", "0", *typical, "", "", "", "")
-    table.add_row("the model's own, 97.5% reach", "0", *low, "", "", "", "")
+    table.add_row(f"the model's own, {1 - YARDSTICK_QUANTILE:.1%} reach", "0", *low, "", "", "", "")
     print_table(table)
     if len(found.checked) > SHOWN:
         note(f"{SHOWN} of {len(found.checked):,} are shown.")

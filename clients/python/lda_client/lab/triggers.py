@@ -450,6 +450,7 @@ class _Trial:
             for prompt in self.prompts
             if suspect.text.casefold() not in prompt.shown().casefold()
         ]
+        self.model.note(f"Trying {len(suspects):,} phrases in {len(self.prompts):,} prompts.")
         changed = [with_phrase(prompt, suspects[number].text) for number, prompt in places]
         label = json.dumps([suspect.text for suspect in suspects])
         counts = await self._counts(changed, label)
