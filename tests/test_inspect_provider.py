@@ -5,6 +5,7 @@ Needs `lda-client[inspect]`, whose dependencies are not those of the rest: `make
 """
 
 import asyncio
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -29,8 +30,9 @@ from inspect_ai.model import (
 )
 from inspect_ai.scorer import includes
 from inspect_ai.tool import ToolCall, ToolInfo
-from lab_harness import WAIT_S, real_server
+from lab_harness import ROOT, WAIT_S, real_server
 from lda_client import (
+    DEFAULT_TARGET,
     Aborted,
     CallerLimit,
     ContextExceeded,
@@ -379,6 +381,18 @@ def test_an_evaluation_sees_the_hidden_behaviour_when_amplified(pair, tmp_path):
     request.sampling.seed = sample.output.metadata["seed"]
     with LdaClient(pair.target) as client:
         assert client.complete(request)[0].text == sample.output.completion
+
+
+def test_the_example_of_the_docs_runs(pair, tmp_path, monkeypatch, capsys):
+    """The Python of docs/inspect.md, word for word but for the address and the number of epochs."""
+    page = (ROOT / "docs" / "inspect.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert DEFAULT_TARGET in example
+    monkeypatch.setenv("INSPECT_LOG_DIR", str(tmp_path))
+    monkeypatch.setenv("INSPECT_DISPLAY", "none")
+    exec(example.replace(DEFAULT_TARGET, pair.target).replace("epochs=20", "epochs=2"), {})
+    alphas = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert alphas == ["0.0", "0.5", "1.0"]
 
 
 async def test_greedy_settings_on_the_pair_itself(pair):
