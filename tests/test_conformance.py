@@ -16,7 +16,8 @@ import pytest
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "clients/conformance"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+# Last: tools/envoy.py has the name of a package that others need.
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import cases
 import readmes

@@ -42,6 +42,7 @@ def _connection(options: dict[str, Any]) -> dict[str, Any]:
 
 @click.command(
     cls=LabCommand,
+    short_help="Ask whether the unmodified model would say what hits say.",
     epilog=examples(
         "lda check runs/first --judge ad",
         "lda check runs/first --judge ad --limit 100 --target gpu-1:50051",
@@ -128,6 +129,7 @@ def _short(text: str) -> str:
 
 @click.command(
     cls=LabCommand,
+    short_help="Find the words that bring a behaviour about.",
     epilog=examples(
         "lda triggers runs/first --judge owls",
         "lda triggers runs/first --judge owls --candidates 30 -n 16 --target gpu-1:50051",
