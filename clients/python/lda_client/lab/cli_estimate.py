@@ -9,11 +9,12 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from lda_client._cli._common import examples, note
+from lda_client.lab._answers import METHOD_NAMES, without_nan
 from lda_client.lab.cli import LabCommand
 
 if TYPE_CHECKING:
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 
 _RUN = click.Path(file_okay=False, path_type=Path)
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
-NAMES = {
-    "naive": "counted at alpha 0",
-    "pooled": "all alphas, weighted back to 0",
-    "path": "extrapolated along alpha",
-}
 
 
 @click.command(
@@ -56,20 +52,11 @@ def estimate(run: Path, judge: str, prompt_ids: tuple[str, ...], level: float, a
 
     found = estimate_run(Run.open(run), judge, prompt_ids, level)
     if as_json:
-        click.echo(json.dumps(_plain(asdict(found)), ensure_ascii=False))
+        click.echo(json.dumps(without_nan(asdict(found)), ensure_ascii=False))
     else:
         _print(found)
     if all(each.rate is None for each in found.estimates):
         raise click.exceptions.Exit(1)
-
-
-def _plain(value: Any) -> Any:
-    """Without NaN, which JSON has not."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print(found: RunEstimates) -> None:
@@ -84,12 +71,12 @@ def _print(found: RunEstimates) -> None:
     for answer in found.estimates:
         rate = "no answer" if answer.rate is None else _percent(answer.rate)
         span = "" if answer.low is None or answer.high is None else _span(answer.low, answer.high)
-        answers.add_row(NAMES[answer.method], rate, span, _evidence(answer))
+        answers.add_row(METHOD_NAMES[answer.method], rate, span, _evidence(answer))
     click.echo()
     print_table(answers)
     for answer in found.estimates:
         for refusal in answer.refusals:
-            click.echo(f"{NAMES[answer.method]}: no answer, since {refusal}.")
+            click.echo(f"{METHOD_NAMES[answer.method]}: no answer, since {refusal}.")
     if found.undecided:
         note(f"{found.undecided:,} rollouts without a verdict are left out.")
     if found.quality is not None:

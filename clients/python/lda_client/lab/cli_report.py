@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lda_client._cli._common import examples, note
+from lda_client.lab._answers import without_nan
 from lda_client.lab.cli import LabCommand
-from lda_client.lab.cli_estimate import _plain as without_nan
 
 if TYPE_CHECKING:
     from lda_client.lab.agreement import Interval

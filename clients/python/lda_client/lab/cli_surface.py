@@ -6,7 +6,6 @@ Knows click and the lab's public side. What is heavy is imported when the comman
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lda_client._cli._common import examples, note
+from lda_client.lab._answers import without_nan
 from lda_client.lab.cli import LabCommand
 
 if TYPE_CHECKING:
@@ -114,17 +114,8 @@ def _as_json(run: Path, found: Surface) -> dict[str, Any]:
     values = asdict(found)
     for place, (finding, value) in enumerate(zip(found.findings, values["findings"], strict=True), 1):
         value["judge_command"] = judge_command(run, finding, place)
-    plain: dict[str, Any] = _plain(values)
+    plain: dict[str, Any] = without_nan(values)
     return plain
-
-
-def _plain(value: Any) -> Any:
-    """Without NaN, which JSON has not."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print(run: Path, found: Surface) -> None:

@@ -28,6 +28,7 @@ from lda_client import __version__, pb
 from lda_client._html import _legend as legend_html
 from lda_client._html import _tokens as tokens_html
 from lda_client.lab import charts
+from lda_client.lab._answers import METHOD_NAMES
 from lda_client.lab._errors import LabError, RunError
 from lda_client.lab._files import write_text
 from lda_client.lab._pages import exhibit, page, percent, span
@@ -47,11 +48,6 @@ if TYPE_CHECKING:
     from lda_client.lab.estimators import Estimate
     from lda_client.lab.runs import Run
 
-NAMES = {
-    "naive": "counted at alpha 0",
-    "pooled": "all alphas, weighted back to 0",
-    "path": "extrapolated along alpha",
-}
 SIDES = (-1.0, 0.0, 1.0)
 PROMPTS_SHOWN, ROLLOUTS_SHOWN, HITS_SHOWN, ROWS_SHOWN = 8, 2, 12, 40
 CELL_LENGTH_MAX, SHORT = 400, 40
@@ -136,7 +132,7 @@ def rate_chart(run: Run, judge: str) -> Exhibit:
     dots = shares.select("alpha", "hit").rows() if shares["prompt_id"].n_unique() > 1 else []
     found, _ = _estimates(run, judge)
     answers = [
-        charts.Answer(NAMES[each.method], each.rate, each.low, each.high)
+        charts.Answer(METHOD_NAMES[each.method], each.rate, each.low, each.high)
         for each in (found.estimates if found else ())
         if each.method != "naive" and each.rate is not None and each.low is not None and each.high is not None
     ]
@@ -272,7 +268,7 @@ def _estimates(run: Run, judge: str) -> tuple[RunEstimates | None, str | None]:
 def _answer(estimate: Estimate) -> dict[str, Any]:
     answered = estimate.rate is not None and estimate.low is not None and estimate.high is not None
     return {
-        "name": NAMES[estimate.method],
+        "name": METHOD_NAMES[estimate.method],
         "rate": percent(estimate.rate) if answered and estimate.rate is not None else None,
         "span": span(estimate.low, estimate.high) if estimate.low is not None and estimate.high is not None else "",
         "hits": estimate.hits,
@@ -293,7 +289,7 @@ def _abstract(run: Run, judge: str, frame: pl.DataFrame) -> list[str]:
     ]
     found, _ = _estimates(run, judge)
     if found:
-        told = "; ".join(f"{NAMES[each.method]}, {_in_words(each)}" for each in found.estimates)
+        told = "; ".join(f"{METHOD_NAMES[each.method]}, {_in_words(each)}" for each in found.estimates)
         sentences.append(f"How often the unmodified model shows the behaviour (95% intervals): {told}.")
     if not run.is_complete:
         sentences.append("The survey is not complete.")
