@@ -17,6 +17,7 @@ import click
 
 from lda_service import __version__
 from lda_service.cli_access import access_options, probe_options, token
+from lda_service.cli_doctor import doctor
 from lda_service.config import (
     DTYPES,
     LOG_FORMATS,
@@ -339,6 +340,7 @@ def health(host: str, port: int, timeout: float, **probe: Any) -> None:
 
 
 main.add_command(token)
+main.add_command(doctor)
 
 
 async def _serve(config: Config, http: HttpConfig | None) -> None:
