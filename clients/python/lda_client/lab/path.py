@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import linalg, stats
-from scipy.special import factorial, logsumexp
+from scipy.special import factorial, logsumexp, ndtr
 
 from lda_client.lab.estimators import LEVEL, Estimate
 
@@ -46,6 +46,8 @@ ORDER = 3  # the derivative that is white noise
 # Of the curve over the whole path, so it is in nats: calibrated on pairs whose rates are known exactly.
 ROUGHNESS_SCALE = 20.0
 ROUGHNESS = np.exp(np.linspace(math.log(0.1), math.log(500), 30))
+# The grid is even in the logarithm.
+LOG_PRIOR = stats.halfcauchy.logpdf(ROUGHNESS, scale=ROUGHNESS_SCALE) + np.log(ROUGHNESS)
 VAGUE = 1e4  # prior variance of the quadratic's coefficients
 NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(ORDER)  # exact for the products below
 
@@ -164,8 +166,8 @@ class _Path:
         weights, means, deviations = self._predictions(alpha)
         kept = weights > 1e-8
         edge = 8 * deviations[kept]
-        grid = np.linspace((means[kept] - edge).min(), (means[kept] + edge).max(), 4001)
-        below = weights[kept] @ stats.norm.cdf((grid - means[kept, None]) / deviations[kept, None])
+        grid = np.linspace((means[kept] - edge).min(), (means[kept] + edge).max(), 2001)
+        below = weights[kept] @ ndtr((grid - means[kept, None]) / deviations[kept, None])
         return [float(each) for each in np.interp(shares, below, grid)]
 
     def _predictions(self, alpha: float) -> tuple[Floats, Floats, Floats]:
@@ -180,14 +182,11 @@ class _Path:
             factor = linalg.cholesky(self._fixed + roughness**2 * self._rough, lower=True)
             values = linalg.solve_triangular(factor, self._values, lower=True)
             towards = linalg.solve_triangular(factor, (shared + roughness**2 * cross)[0], lower=True)
-            log_evidence = -0.5 * values @ values - np.log(np.diag(factor)).sum()
-            # The grid is even in the logarithm.
-            log_prior = stats.halfcauchy.logpdf(roughness, scale=ROUGHNESS_SCALE) + math.log(roughness)
-            log_weights.append(log_evidence + log_prior)
+            log_weights.append(-0.5 * values @ values - np.log(np.diag(factor)).sum())
             means.append(towards @ values)
             variances.append(max(prior + roughness**2 * rough - towards @ towards, 1e-12))
-        log_scale = np.array(log_weights) - logsumexp(log_weights)
-        return np.exp(log_scale), np.array(means), np.sqrt(variances)
+        log_posterior = LOG_PRIOR + log_weights
+        return np.exp(log_posterior - logsumexp(log_posterior)), np.array(means), np.sqrt(variances)
 
     def _scaled(self, alphas: Sequence[float]) -> Floats:
         return (np.asarray(alphas, np.float64) - self._origin) / self._span
