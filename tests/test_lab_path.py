@@ -53,6 +53,14 @@ def test_intervals_cover_the_truth(rate, rollouts):
     assert sure_below <= covered <= sure_above, (covered, agreed)
 
 
+def test_residuals_are_those_of_chance():
+    """Points lie about their standard error from the curve, over experiments whose curve is smooth."""
+    rng, pair = np.random.default_rng(9), ExactPair(1e-2, seed=2)
+    residuals = [extrapolated(points_of(pair, ABOVE, 2000, rng)).diagnostics["residual"] for _ in range(30)]
+    assert 0.4 < np.median(residuals) < 1.2
+    assert max(residuals) < 2.5
+
+
 def test_slopes_are_worth_rollouts():
     """With the slopes that come for nothing the interval is narrower than without, in nearly every experiment."""
     rng, narrower = np.random.default_rng(5), 0

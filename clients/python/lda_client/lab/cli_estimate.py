@@ -91,7 +91,8 @@ def _evidence(answer: Estimate) -> str:
         worth = f"worth {facts['effective_hits']:.0f} plain hits, largest {facts['largest_share']:.0%}"
         return worth if math.isnan(tail) else f"{worth}, Pareto k {tail:.2f}"
     if answer.method == "path" and facts:
-        return f"{facts['points']:.0f} alphas, {facts['slopes']:.0f} slopes, largest miss {facts['largest_miss']:.1f}"
+        fit = f"residual {facts['residual']:.1f}, largest miss {facts['largest_miss']:.1f}"
+        return f"{facts['points']:.0f} alphas, {facts['slopes']:.0f} slopes, {fit}"
     return f"{answer.hits:,} of {answer.rollouts:,}"
 
 

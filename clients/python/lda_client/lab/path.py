@@ -106,12 +106,14 @@ def extrapolated(points: Sequence[Point], level: float = LEVEL) -> Estimate:
     if len(used) < POINTS_MIN:
         reason = f"{len(used)} alphas have {HITS_MIN} hits or more, and {POINTS_MIN} are needed"
         return Estimate(METHOD, None, None, None, level, rollouts, hits, {}, (reason,))
-    low, middle, high = _Path(used).quantiles(0.0, ((1 - level) / 2, 0.5, (1 + level) / 2))
+    path = _Path(used)
+    low, middle, high = path.quantiles(0.0, ((1 - level) / 2, 0.5, (1 + level) / 2))
     diagnostics = {
         "points": float(len(used)),
         "slopes": float(sum(not math.isnan(point.slope) for point in used)),
         "half_width_nats": (high - low) / 2,
         "distance": min(abs(point.alpha) for point in used),
+        "residual": _residual(path, used),
         "largest_miss": _largest_miss(used),
     }
     if refusals := _refusals(diagnostics):
@@ -130,6 +132,15 @@ def _refusals(diagnostics: dict[str, float]) -> tuple[str, ...]:
     if (miss := diagnostics["largest_miss"]) > MISS_MAX:
         found.append(f"a left-out alpha is missed by {miss:.1f} standard errors: the path is not smooth enough")
     return tuple(found)
+
+
+def _residual(path: _Path, points: Sequence[Point]) -> float:
+    """Root mean square distance of the points from the curve through them, in standard errors of the points."""
+    off = [
+        (point.log_rate - path.quantiles(point.alpha, (0.5,))[0]) / math.sqrt(point.log_rate_variance)
+        for point in points
+    ]
+    return float(np.sqrt(np.mean(np.square(off))))
 
 
 def _largest_miss(points: Sequence[Point]) -> float:
