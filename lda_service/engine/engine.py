@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from lda_service.engine import static_decoder
-from lda_service.engine.amplify import amplify, score
-from lda_service.engine.detokenizer import TextStream
-from lda_service.engine.evidence import diagnose
+from lda_service.engine.checks import check_queue, check_request, context_metadata
 from lda_service.engine.lockstep import runner_for
 from lda_service.engine.memory import default_cache_tokens, page_tokens
 from lda_service.engine.pages import PagePool
@@ -37,21 +35,29 @@ from lda_service.engine.request import (
     Sampling,
     ScoreBlock,
     ScoreRequest,
-    SequenceDelta,
-    SequenceFinished,
     Stopping,
     TokenRecord,
 )
-from lda_service.engine.sampling import Drawn, RowSampling, Sampler, sequence_key
+from lda_service.engine.rollout import Rollout
+from lda_service.engine.rows import (
+    RowSpec,
+    Scoring,
+    columns,
+    diagnose_rows,
+    rule_out_endings,
+    score_rows,
+    wants_diagnostics,
+)
+from lda_service.engine.sampling import Drawn, RowSampling, Sampler
 from lda_service.engine.scheduler import Job, Scheduler, Sequence
 from lda_service.engine.selfcheck import decodes_alone_as_in_company
 from lda_service.engine.speculation import Coupled, Rejection, Speculation
 from lda_service.engine.speculation_policy import LENGTHS, Acceptance, Policy
 from lda_service.engine.static_decoder import StaticDecoder
-from lda_service.errors import ConfigError, ContextExceeded, InternalError, PromptUnusable, QueueFull
+from lda_service.errors import ConfigError, ContextExceeded, InternalError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from lda_service.config import EngineConfig
     from lda_service.engine.pair import Pair
@@ -72,20 +78,11 @@ class JobState:
 
 
 @dataclass(slots=True)
-class SequenceState:
-    """What the engine keeps for a sequence."""
-
-    key: int
-    text: TextStream
-    alpha_scores: Tensor  # (score alphas,), float64
-    first_token_at: float = 0.0
-
-
-@dataclass(slots=True)
 class Batch:
     """One step's rows and, for each, the next-token logits of both models; they fill up from left to right."""
 
     sequences: list[Sequence]
+    specs: list[RowSpec]
     after: Tensor  # (rows, vocabulary)
     before: Tensor
     settings: RowSampling
@@ -180,20 +177,15 @@ class Engine:
             PromptUnusable: the prompt is empty or holds ids that may not be used.
             ContextExceeded: it cannot fit the context window or the cache.
         """
-        capacity = self.config.max_queued_requests
-        if len(self.scheduler.waiting) >= capacity:
-            raise QueueFull(
-                f"{capacity} requests wait already; try again later or on another server.",
-                metadata={"depth": str(len(self.scheduler.waiting)), "capacity": str(capacity)},
-                retry_after_s=1.0,
-            )
+        check_queue(len(self.scheduler.waiting), self.config.max_queued_requests)
+        check_request(request, self._shared, self.context_tokens)
         assert request.request_id not in self._jobs
         job = self._score_job(request) if isinstance(request, ScoreRequest) else self._generation_job(request)
         if not self.scheduler.fits(job):
             slots = self.scheduler.pool.num_pages * self.scheduler.pool.page_tokens
             raise ContextExceeded(
                 f"Prompt and output need more than the {slots} cache slots of this server; ask for fewer new tokens.",
-                metadata=_context_metadata(len(job.prompt_ids), request, slots),
+                metadata=context_metadata(request, slots),
             )
         self._jobs[request.request_id] = job
         self.scheduler.add(job)
@@ -250,15 +242,7 @@ class Engine:
     # Requests -------------------------------------------------------------------------------------------------------
 
     def _generation_job(self, request: GenerationRequest) -> Job:
-        self._check_ids(request.prompt_ids, "prompt")
         room = self.context_tokens - len(request.prompt_ids)
-        if room < 1:
-            raise ContextExceeded(
-                f"The prompt has {len(request.prompt_ids)} tokens and the context window {self.context_tokens}; "
-                "shorten the prompt.",
-                field="prompt",
-                metadata=_context_metadata(len(request.prompt_ids), request, self.context_tokens),
-            )
         needs = [_needs(request, branch) for branch in request.branches]
         union = (any(after for after, _ in needs), any(before for _, before in needs))
         last = len(request.prompt_ids) - 1
@@ -272,40 +256,14 @@ class Engine:
     def _sequence(self, job: Job, branch: Branch, index: int, longest: int, needs: tuple[bool, bool]) -> Sequence:
         request = job.request
         assert isinstance(request, GenerationRequest)
-        state = SequenceState(
-            sequence_key(request.sampling.seed, index),
-            TextStream(self.pair.pieces, request.stopping.stop_strings),
-            _zeros(len(request.output.score_alphas)),
-        )
+        state = Rollout.begin(request, branch, index, longest, self.pair.pieces, self.pair.stop_ids)
         return Sequence(job, branch, index, longest, needs, _compares(request), state=state)
 
     def _score_job(self, request: ScoreRequest) -> Job:
-        self._check_ids(request.prompt_ids, "prompt")
-        self._check_ids(request.continuation_ids, "continuation")
-        total = len(request.prompt_ids) + len(request.continuation_ids)
-        if total > self.context_tokens:
-            raise ContextExceeded(
-                f"Prompt and continuation have {total} tokens and the context window {self.context_tokens}; "
-                "score a shorter text.",
-                field="continuation",
-                metadata=_context_metadata(len(request.prompt_ids), request, self.context_tokens),
-            )
         # The last token predicts nothing that is asked for, so it is not run.
         forced = request.prompt_ids + request.continuation_ids[:-1]
         first = len(request.prompt_ids) - 1
         return Job(request, forced, logits_from=first, state=JobState(_zeros(len(request.score_alphas))))
-
-    def _check_ids(self, ids: tuple[int, ...], field_name: str) -> None:
-        if not ids:
-            raise PromptUnusable(f"The {field_name} has no tokens; give at least one.", field=field_name)
-        unknown = next((token for token in ids if token not in self._shared), None)
-        if unknown is not None:
-            raise PromptUnusable(
-                f"The {field_name} holds token {unknown}, which the two models do not share; TokenizerCompat lists "
-                "what differs. Use other text, or send raw text if the chat template adds the token.",
-                field=field_name,
-                metadata={"token_id": str(unknown)},
-            )
 
     # Schedule -------------------------------------------------------------------------------------------------------
 
@@ -319,7 +277,8 @@ class Engine:
                 continue
             waiting = self.scheduler.drop_waiting(job)
             for sequence in waiting + [s for s in self.scheduler.running if s.job is job]:
-                self._end(sequence, FinishReason.TIME_BUDGET, now)
+                self._events += sequence.state.end(FinishReason.TIME_BUDGET, now, job.state.admitted_at)
+                self._release(sequence)
 
     def _schedule(self) -> Plan:
         """Plan the step, and carry out what it says about rows and pages."""
@@ -452,7 +411,7 @@ class Engine:
             parts.append(self._first_logits(started))
         after, before = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
         sequences = decode + started
-        return Batch(sequences, after, before, self._row_sampling(sequences))
+        return Batch(sequences, [s.state.spec for s in sequences], after, before, self._row_sampling(sequences))
 
     def _row_sampling(self, sequences: list[Sequence]) -> RowSampling:
         """The rows' settings as columns; only positions change while the same rows go on."""
@@ -461,18 +420,7 @@ class Engine:
         return self._settings._replace(positions=self._column([s.length for s in sequences], torch.int64))
 
     def _columns(self, sequences: list[Sequence]) -> RowSampling:
-        settings = [_sampling(sequence) for sequence in sequences]
-        floors = [0.0 if s.branch.role is Role.BEFORE else _sampling(s).plausibility for s in sequences]
-        return RowSampling(
-            alpha=self._column([sequence.branch.alpha for sequence in sequences]),
-            temperature=self._column([s.temperature for s in settings]),
-            top_k=self._column([s.top_k for s in settings], torch.int64),
-            top_p=self._column([s.top_p for s in settings]),
-            min_p=self._column([s.min_p for s in settings]),
-            plausibility=self._column(floors),
-            keys=self._column([s.state.key for s in sequences], torch.int64),
-            positions=self._column([]),
-        )
+        return columns([sequence.state.spec for sequence in sequences], self.device)
 
     def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
@@ -481,13 +429,7 @@ class Engine:
 
     def _rule_out(self, batch: Batch) -> None:
         """Set `batch.drawable`: the after model's logits of the ids that may be drawn now."""
-        batch.drawable = batch.after
-        early = [i for i, s in enumerate(batch.sequences) if len(s.tokens) < _stopping(s).min_new_tokens]
-        if early:
-            batch.drawable = batch.after.clone()
-            for i in early:
-                endings = self.pair.stop_ids | set(_stopping(batch.sequences[i]).stop_token_ids)
-                batch.drawable[i, [token for token in endings if token < self.pair.vocabulary_size]] = -torch.inf
+        batch.drawable = rule_out_endings(batch.after, batch.specs, [len(s.tokens) for s in batch.sequences])
 
     def _amplify_and_sample(self, batch: Batch) -> None:
         """Draw a token for every row from `after + alpha * (after - before)`."""
@@ -497,7 +439,8 @@ class Engine:
 
     def _advance(self, batch: Batch) -> None:
         """Append the drawn tokens, report them, end what has come to its end."""
-        diagnostics = self._diagnose(batch)
+        drawn = batch.drawn.tokens
+        diagnostics = diagnose_rows(self.sampler, batch.specs, batch.after, batch.before, drawn, self.pair.pieces)
         self._add_scores(batch)
         now = self.clock()
         tokens, logprobs, sound = (column.tolist() for column in batch.drawn)
@@ -512,11 +455,12 @@ class Engine:
         if not sound:
             self._fail(sequence)
             return
-        if not sequence.tokens:
-            sequence.state.first_token_at = now
         sequence.tokens.append(token)
         known = logprob if logprob == logprob else None
-        self._report(sequence, TokenRecord(token, self.pair.pieces.piece(token), known, diagnostics), now)
+        record = TokenRecord(token, self.pair.pieces.piece(token), known, diagnostics)
+        self._events += sequence.state.push(record, now, sequence.job.state.admitted_at)
+        if sequence.state.has_ended:
+            self._release(sequence)
 
     def _fail(self, sequence: Sequence) -> None:
         """The models gave NaN or infinity (a float16 overflow, broken weights): end the request, invent nothing."""
@@ -527,71 +471,12 @@ class Engine:
         self._drop(request_id)
         self._events.append(RequestFailed(request_id, InternalError("The models gave logits that are not finite.")))
 
-    def _report(self, sequence: Sequence, record: TokenRecord, now: float) -> None:
-        """Send what became final through this token; end the sequence if the token does."""
-        stopping = _stopping(sequence)
-        token = record.token_id
-        if token in self.pair.stop_ids and not stopping.ignore_eos:
-            self._end(sequence, FinishReason.EOS, now, record)
-        elif token in stopping.stop_token_ids:
-            self._end(sequence, FinishReason.STOP, now, record, stop_token_id=token)
-        else:
-            released = sequence.state.text.push(record)
-            self._delta(sequence, released.text, released.tokens)
-            if released.stop_string is not None:
-                self._end(sequence, FinishReason.STOP, now, stop_string=released.stop_string)
-            elif len(sequence.tokens) == sequence.max_new_tokens:
-                cut = sequence.max_new_tokens < stopping.max_new_tokens
-                self._end(sequence, FinishReason.CONTEXT_WINDOW if cut else FinishReason.MAX_TOKENS, now)
-
-    def _delta(self, sequence: Sequence, text: str, tokens: tuple[TokenRecord, ...]) -> None:
-        if text or tokens:
-            request_id = sequence.job.request.request_id
-            self._events.append(SequenceDelta(request_id, sequence.branch.role, sequence.index, text, tokens))
-
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        now: float,
-        last: TokenRecord | None = None,
-        *,
-        stop_string: str | None = None,
-        stop_token_id: int | None = None,
-    ) -> None:
-        """Report the end of a sequence and free what it holds, if it has a row. `last` ends it and adds no text."""
-        if stop_string is None:
-            released = sequence.state.text.flush()
-            self._delta(sequence, released.text, released.tokens + ((last,) if last else ()))
-        self._report_end(sequence, reason, now, stop_string, stop_token_id)
+    def _release(self, sequence: Sequence) -> None:
+        """Free what an ended sequence holds, if it has a row."""
         if sequence.is_running:
             self._forget(sequence)
             self.scheduler.finish(sequence)
         self._retire(sequence.job)
-
-    def _report_end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        now: float,
-        stop_string: str | None = None,
-        stop_token_id: int | None = None,
-    ) -> None:
-        first = sequence.state.first_token_at or now
-        self._events.append(
-            SequenceFinished(
-                sequence.job.request.request_id,
-                sequence.branch.role,
-                sequence.index,
-                reason,
-                len(sequence.tokens),
-                stop_string,
-                stop_token_id,
-                tuple(sequence.state.alpha_scores.tolist()),
-                prefill_s=first - sequence.job.state.admitted_at,
-                decode_s=now - first,
-            )
-        )
 
     def _retire(self, job: Job) -> None:
         """Forget the job if nothing of it is left."""
@@ -607,34 +492,11 @@ class Engine:
     # Evidence -------------------------------------------------------------------------------------------------------
 
     def _add_scores(self, batch: Batch) -> None:
-        """Add log q_alpha of the drawn tokens to the sequences that asked for it, those of the same alphas at once."""
-        for rows in self._rows_scored_together(batch):
-            alphas = self._column(list(_request(batch.sequences[rows[0]]).output.score_alphas))
-            temperature = batch.settings.temperature[rows]
-            temperature = torch.where(temperature > 0, temperature, 1.0)
-            logits = self.sampler.forbid(batch.drawable[rows]), self.sampler.forbid(batch.before[rows])
-            scores = score(*logits, batch.drawn.tokens[rows], alphas, temperature).cpu()
-            for i, row in zip(rows, scores, strict=True):
-                batch.sequences[i].state.alpha_scores += row
-
-    def _rows_scored_together(self, batch: Batch) -> Iterable[list[int]]:
-        """Row by row if results may not depend on company: how torch sums a row depends on how many there are."""
-        groups: dict[object, list[int]] = {}
-        for i, sequence in enumerate(batch.sequences):
-            if len(sequence.state.alpha_scores):
-                key = i if self.config.deterministic else _request(sequence).output.score_alphas
-                groups.setdefault(key, []).append(i)
-        return groups.values()
-
-    def _diagnose(self, batch: Batch) -> dict[int, Diagnostics]:
-        """Diagnostics by row, for the rows that asked."""
-        rows = [i for i, s in enumerate(batch.sequences) if _wants_diagnostics(_request(s))]
-        if not rows:
-            return {}
-        counts = [_request(batch.sequences[i]).output.top_candidates for i in rows]
-        after, before = self.sampler.forbid(batch.after[rows]), self.sampler.forbid(batch.before[rows])
-        logits = after, before, amplify(after, before, batch.settings.alpha[rows])
-        return dict(zip(rows, diagnose(*logits, batch.drawn.tokens[rows], counts, self.pair.pieces), strict=True))
+        """Add log q_alpha of the drawn tokens to the sequences that asked for it."""
+        alone = self.config.deterministic
+        found = score_rows(self.sampler, batch.specs, batch.drawable, batch.before, batch.drawn.tokens, alone=alone)
+        for i, scores in found.items():
+            batch.sequences[i].state.alpha_scores += scores
 
     def _score(self, job: Job, request: ScoreRequest, chunk: PrefillChunk, logits: list[Tensor | None]) -> None:
         """Report the continuation's tokens that this chunk predicts."""
@@ -645,7 +507,7 @@ class Engine:
             assert before is not None
             offset = first + 1 - len(request.prompt_ids)
             ids = request.continuation_ids[offset : offset + chunk.stop - first]
-            self._score_block(request, job.state, offset, ids, self.sampler.forbid(after), self.sampler.forbid(before))
+            self._score_block(request, job.state, offset, ids, after, before)
             job.logits_from = chunk.stop
         if job.is_prefilled:
             self._retire(job)
@@ -659,20 +521,13 @@ class Engine:
         after: Tensor,
         before: Tensor,
     ) -> None:
-        tokens = self._column(list(ids), torch.int64)
-        amplified = amplify(after, before, self._column([request.alpha] * len(ids)))
-        counts = [request.top_candidates] * len(ids)
-        diagnostics = diagnose(after, before, amplified, tokens, counts, self.pair.pieces)
-        alphas = self._column(list(request.score_alphas))
-        state.alpha_scores += score(after, before, tokens, alphas, torch.ones_like(after[:, 0])).sum(0).cpu()
-        records = tuple(
-            TokenRecord(token, self.pair.pieces.piece(token), None, diagnosis)
-            for token, diagnosis in zip(ids, diagnostics, strict=True)
-        )
+        scoring = Scoring(request.alpha, request.top_candidates, request.score_alphas)
+        records, sums = scoring.apply(self.sampler, after, before, ids, self.pair.pieces)
+        state.alpha_scores += sums
         total = len(request.continuation_ids)
         is_last = offset + len(ids) == total
         scores = tuple(state.alpha_scores.tolist()) if is_last else ()
-        self._events.append(ScoreBlock(request.request_id, offset, records, total, is_last, scores))
+        self._events.append(ScoreBlock(request.request_id, offset, tuple(records), total, is_last, scores))
 
 
 def _prompt_logits(job: Job, side: int) -> Tensor:
@@ -686,50 +541,26 @@ def _zeros(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.float64)
 
 
-def _request(sequence: Sequence) -> GenerationRequest:
-    request = sequence.job.request
-    assert isinstance(request, GenerationRequest)
-    return request
-
-
-def _sampling(sequence: Sequence) -> Sampling:
-    return _request(sequence).sampling
-
-
-def _stopping(sequence: Sequence) -> Stopping:
-    return _request(sequence).stopping
-
-
 def _by_prompt(sequences: list[Sequence]) -> list[Sequence]:
     """Rows of one prompt stand together, so that its keys and values are read once."""
     return sorted(sequences, key=lambda sequence: sequence.job.table.pages)  # type: ignore[union-attr]
 
 
-def _wants_diagnostics(request: GenerationRequest) -> bool:
-    return request.output.diagnostics or request.output.top_candidates > 0
-
-
 def _compares(request: GenerationRequest) -> bool:
     """Whether anything but the combination of the two models' logits is looked at."""
-    evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
+    evidence = wants_diagnostics(request) or bool(request.output.score_alphas)
     return evidence or request.sampling.plausibility > 0
 
 
 def _is_plain(sequence: Sequence) -> bool:
     """Whether static steps and blocks can draw its next token: nothing but the token is asked for, and it may end."""
-    request = _request(sequence)
-    needs_evidence = _wants_diagnostics(request) or bool(request.output.score_alphas)
-    return not needs_evidence and len(sequence.tokens) >= request.stopping.min_new_tokens
+    spec: RowSpec = sequence.state.spec
+    return spec.is_bare and len(sequence.tokens) >= spec.min_new_tokens
 
 
 def _needs(request: GenerationRequest, branch: Branch) -> tuple[bool, bool]:
     """Which models a branch needs: (after, before)."""
-    if _wants_diagnostics(request) or request.output.score_alphas:
+    if wants_diagnostics(request) or request.output.score_alphas:
         return True, True
     plausible = request.sampling.plausibility > 0 and branch.role is not Role.BEFORE
     return branch.alpha != -1 or plausible, branch.alpha != 0
-
-
-def _context_metadata(prompt_tokens: int, request: GenerationRequest | ScoreRequest, limit: int) -> dict[str, str]:
-    new = request.stopping.max_new_tokens if isinstance(request, GenerationRequest) else len(request.continuation_ids)
-    return {"prompt_tokens": str(prompt_tokens), "max_new_tokens": str(new), "limit": str(limit)}
