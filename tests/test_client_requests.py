@@ -190,8 +190,9 @@ def test_no_prompt(prompt, arguments):
 def test_timeouts():
     """A call's own timeout wins over the client's; the short calls have their own; nonsense is refused."""
     connection = Connection(token="t", timeout=Timeout(total_s=60))
-    assert connection.stream_options(None) == {"timeout": 60, "metadata": (("authorization", "Bearer t"),)}
-    assert connection.stream_options(5)["timeout"] == 5
+    metadata = (("authorization", "Bearer t"), ("x-lda-prompt-hash", "ab"))
+    assert connection.stream_options(None, "ab") == {"timeout": 60, "metadata": metadata}
+    assert connection.stream_options(5, "ab")["timeout"] == 5
     assert connection.lookup_options(None)["timeout"] == 30
     assert "t'" not in repr(Connection(token="t"))
     with pytest.raises(ValueError, match="connect_s"):

@@ -24,6 +24,9 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 MESSAGE_BYTES_MAX = 20 << 20
 SERVICE_NAME = "lda.v1.LdaService"
 
+# What `deploy/envoy/envoy-affinity.yaml` and meshes choose a server by.
+AFFINITY_HEADER = "x-lda-prompt-hash"
+
 # Only UNAVAILABLE: the server sends it before any work was done. gRPC itself never retries once a stream has begun.
 _SERVICE_CONFIG = {
     # Of several addresses behind one name, each call goes to the next.
@@ -143,14 +146,14 @@ class Connection:
             credentials = credentials.credentials()
         return secure(self.target, credentials, options=options)
 
-    def stream_options(self, timeout_s: float | None) -> CallOptions:
-        """Deadline and metadata of a streaming call."""
-        return self._options(self.timeout.total_s if timeout_s is None else timeout_s)
+    def stream_options(self, timeout_s: float | None, affinity: str) -> CallOptions:
+        """Deadline and metadata of a streaming call; calls of equal affinity belong on one server."""
+        return self._options(self.timeout.total_s if timeout_s is None else timeout_s, (AFFINITY_HEADER, affinity))
 
     def lookup_options(self, timeout_s: float | None) -> CallOptions:
         """Deadline and metadata of a short call."""
         return self._options(self.timeout.lookup_s if timeout_s is None else timeout_s)
 
-    def _options(self, timeout_s: float | None) -> CallOptions:
-        metadata = (("authorization", f"Bearer {self.token}"),) if self.token else ()
-        return {"timeout": timeout_s, "metadata": metadata}
+    def _options(self, timeout_s: float | None, *metadata: tuple[str, str]) -> CallOptions:
+        token = (("authorization", f"Bearer {self.token}"),) if self.token else ()
+        return {"timeout": timeout_s, "metadata": (*token, *metadata)}

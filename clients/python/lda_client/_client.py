@@ -71,7 +71,8 @@ class LdaClient(
         if self._asks_for_template(plan):
             self.model_pair()
         plan.settle(bool(self._has_chat_template))
-        call = getattr(self._stub, plan.method)(plan.request, **self._connection.stream_options(timeout_s))
+        options = self._connection.stream_options(timeout_s, plan.affinity)
+        call = getattr(self._stub, plan.method)(plan.request, **options)
         return (ScoreStream if plan.scores else GenerateStream)(call, plan, self._connection.target)
 
     def _look_up(self, method: str, request: Message, timeout_s: float | None) -> Message:

@@ -77,7 +77,7 @@ class AsyncLdaClient(
         if self._asks_for_template(plan):
             await self.model_pair()
         plan.settle(bool(self._has_chat_template))
-        options = self._connection.stream_options(timeout_s)
+        options = self._connection.stream_options(timeout_s, plan.affinity)
         call: AsyncCall[Any] = getattr(self._stub, plan.method)(plan.request, **options)
         return call
 

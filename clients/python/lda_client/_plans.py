@@ -7,6 +7,7 @@ pair has a chat template, see `Plan.chat_preferred`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lda_client._gather import GenerateReader, ScoreReader
@@ -51,6 +52,11 @@ class Plan(Generic[RequestT, ReaderT]):
     def scores(self) -> bool:
         """Whether the stream is one of blocks, not of a generation."""
         return isinstance(self.reader, ScoreReader)
+
+    @property
+    def affinity(self) -> str:
+        """A digest of the prompt, by which a balancer sends calls of one prompt to the server that holds its pages."""
+        return sha256(self.request.prompt.SerializeToString(deterministic=True)).hexdigest()[:16]
 
     def settle(self, has_chat_template: bool) -> None:
         """Decide the form of the prompt, now that it is known what the pair can render."""

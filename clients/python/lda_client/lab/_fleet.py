@@ -17,16 +17,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import lda_client
-from lda_client import AsyncLdaClient, LdaClientError, RequestRejected, pb
-from lda_client.lab._errors import PairsDiffer, SurveyFailed
+from lda_client import AsyncLdaClient, LdaClientError, RequestRejected, Timeout, pb
+from lda_client.lab._errors import PairsDiffer, SettingsError, SurveyFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+
+    import grpc
+
+    from lda_client import Tls
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
@@ -39,11 +43,12 @@ ROWS_AHEAD = 2
 
 @dataclass(eq=False)
 class Endpoint:
-    """A server of the fleet.
+    """A server of the fleet, or one address before several.
 
     Attributes:
-        target: its address.
+        target: its address, as it was given.
         client: of it.
+        replicas: how many servers answer there.
         pair: what it said of itself; None until it has answered.
         ready: whether it is given jobs.
         jobs: it has now.
@@ -53,6 +58,7 @@ class Endpoint:
 
     target: str
     client: AsyncLdaClient
+    replicas: int = 1
     pair: pb.GetModelPairResponse | None = None
     ready: bool = False
     jobs: int = 0
@@ -61,14 +67,34 @@ class Endpoint:
 
     @property
     def rows(self) -> int:
-        """Sequences that it decodes at once."""
-        return max(1, self.pair.limits.max_running_sequences) if self.pair else 1
+        """Sequences that it decodes at once; each of its replicas as many as the one that was asked."""
+        return self.replicas * max(1, self.pair.limits.max_running_sequences if self.pair else 1)
 
     @property
     def has_room(self) -> bool:
         """Whether it may be given one more job."""
         limit = self.pair.limits.max_requests_per_caller if self.pair else 0
-        return self.ready and not (limit and self.jobs >= limit)
+        return self.ready and not (limit and self.jobs >= self.replicas * limit)
+
+
+@asynccontextmanager
+async def connected(
+    target: str, credentials: Tls | grpc.ChannelCredentials | None, token: str | None
+) -> AsyncIterator[Endpoint]:
+    """A server by its target, connected. `3@envoy:8000` is one address before three. Raises SettingsError."""
+    address, replicas = parse_target(target)
+    async with AsyncLdaClient(address, credentials=credentials, token=token, timeout=Timeout()) as client:
+        yield Endpoint(target, client, replicas)
+
+
+def parse_target(target: str) -> tuple[str, int]:
+    """Address of a target, and how many servers answer there. Raises SettingsError."""
+    count, at, address = target.partition("@")
+    if not at or not count.isdecimal():
+        return target, 1
+    if not int(count) or not address:
+        raise SettingsError(f"target {target!r}: give N@HOST:PORT, where N servers stand behind one address.")
+    return address, int(count)
 
 
 @dataclass
@@ -144,7 +170,9 @@ class Fleet:
 
     def calls_at_once(self, sequences: int) -> int:
         """Calls of so many sequences that keep every server busy."""
-        return sum(max(2, ROWS_AHEAD * -(-endpoint.rows // sequences)) for endpoint in self.endpoints)
+        return sum(
+            each.replicas * max(2, ROWS_AHEAD * -(-each.rows // (each.replicas * sequences))) for each in self.endpoints
+        )
 
 
 class Work(Generic[JobT, ResultT]):

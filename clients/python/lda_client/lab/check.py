@@ -34,7 +34,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from lda_client import DEFAULT_TARGET, AsyncLdaClient, Timeout, pb
+from lda_client import DEFAULT_TARGET, AsyncLdaClient, pb
 from lda_client._errors import error_from_rpc
 from lda_client._requests import generate_request
 from lda_client.gen.lda.v1 import completion_service_pb2
@@ -42,7 +42,7 @@ from lda_client.gen.lda.v1.completion_service_pb2_grpc import CompletionServiceS
 from lda_client.lab._cases import Case
 from lda_client.lab._errors import LabError, PairsDiffer
 from lda_client.lab._files import replacing
-from lda_client.lab._fleet import Endpoint, Fleet, Work
+from lda_client.lab._fleet import Endpoint, Fleet, Work, connected
 from lda_client.lab._progress import Quiet
 from lda_client.lab.estimators import LEVEL, interval_of_count
 from lda_client.lab.judges import ClassifierJudge, FunctionJudge, PatternJudge
@@ -195,7 +195,7 @@ async def plain_model(
     tell = reporter or Quiet()
     async with AsyncExitStack() as stack:
         endpoints = [
-            Endpoint(target, await stack.enter_async_context(_client(target, credentials, token)))
+            await stack.enter_async_context(connected(target, credentials, token))
             for target in dict.fromkeys(targets or known)
         ]
         fleet = Fleet(endpoints, PATIENCE_S, lambda event, target, why: tell.note(event, target=target, why=why))
@@ -206,10 +206,6 @@ async def plain_model(
                 f"({pair.pair_fingerprint}). Give a --target that serves the pair of the run."
             )
         yield PlainModel(run, fleet, tell, pair.limits)
-
-
-def _client(target: str, credentials: Tls | grpc.ChannelCredentials | None, token: str | None) -> AsyncLdaClient:
-    return AsyncLdaClient(target, credentials=credentials, token=token, timeout=Timeout())
 
 
 def seed_of(seed: int, *parts: int | str) -> int:

@@ -149,8 +149,8 @@ _CONNECTION: tuple[Decorator, ...] = (
         envvar="LDA_TARGET",
         show_envvar=True,
         metavar="HOST:PORT",
-        help=f"Address of a server; may be repeated, all with the same pair.  [default: {DEFAULT_TARGET}, or those of "
-        "the run]",
+        help="Address of a server; may be repeated, all with the same pair. 3@HOST:PORT is one address before three "
+        f"servers.  [default: {DEFAULT_TARGET}, or those of the run]",
     ),
     click.option("--token", envvar="LDA_TOKEN", show_envvar=True, help="Bearer token; better set in the environment."),
     click.option("--tls", is_flag=True, help="Speak TLS, trusting the authorities of this machine."),

@@ -2,6 +2,7 @@
 
     settings = SurveySettings(alphas=(0, 0.5, 1), rollouts=1000)
     outcome = run_survey("runs/first", read_prompts(["prompts.txt"]), settings, ["gpu-1:50051", "gpu-2:50051"])
+    outcome = run_survey("runs/first", read_prompts(["prompts.txt"]), settings, ["3@envoy:8000"])
     outcome = resume_survey("runs/first", ["gpu-1:50051"])
 
 A survey may be killed at any moment: finished chunks are in the folder's journal and are never drawn twice. What a
@@ -20,11 +21,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lda_client import DEFAULT_TARGET, AsyncLdaClient, Timeout, __version__, pb
+from lda_client import DEFAULT_TARGET, __version__, pb
 from lda_client._requests import generate_request
 from lda_client.lab._errors import PairsDiffer, RunError, SettingsDiffer, SettingsError
 from lda_client.lab._files import write_text
-from lda_client.lab._fleet import Endpoint, Fleet, Work
+from lda_client.lab._fleet import Fleet, Work, connected
 from lda_client.lab._journal import Journal
 from lda_client.lab._progress import Quiet, Reporter
 from lda_client.lab._settings import Chunk, SurveySettings, breadth_first
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import grpc
 
     from lda_client import Completions, Tls
+    from lda_client.lab._fleet import Endpoint
 
 TOKENS_PER_EVENT = 256
 FLUSH_INTERVAL_S = 1.0
@@ -107,7 +109,7 @@ def run_survey(
         folder: of the run.
         prompts: their ids are unique.
         settings: what to draw.
-        targets: addresses of servers, all of which must hold the same pair.
+        targets: addresses of servers, all of which must hold the same pair; `3@envoy:8000` is one address before three.
         credentials: as for `LdaClient`; for every server.
         token: likewise.
         pace: how fast, and how far.
@@ -172,14 +174,8 @@ class _Sitting:
         if not targets or len(set(targets)) < len(targets):
             raise SettingsError("targets: give at least one server, and none twice.")
         async with AsyncExitStack() as stack:
-            clients = [
-                await stack.enter_async_context(
-                    AsyncLdaClient(target, credentials=credentials, token=token, timeout=Timeout())
-                )
-                for target in targets
-            ]
             self._fleet = Fleet(
-                [Endpoint(target, client) for target, client in zip(targets, clients, strict=True)],
+                [await stack.enter_async_context(connected(target, credentials, token)) for target in targets],
                 self._pace.patience_s,
                 lambda event, target, why: self._reporter.note(event, target=target, why=why),
             )
