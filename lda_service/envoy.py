@@ -204,14 +204,18 @@ def _connection_manager(front: Front, descriptors: str) -> Config:
         stream_idle_timeout="0s",
         # The status of a stream travels in trailers, over HTTP/1.1 too.
         http_protocol_options={"enable_trailers": True},
-        # Finds callers that vanished, which frees their rows.
-        http2_protocol_options={"connection_keepalive": {"interval": "30s", "timeout": "10s"}},
+        http2_protocol_options={
+            # A survey of many servers is one connection; by default it would carry 1,024 streams.
+            "max_concurrent_streams": CONCURRENT_MAX,
+            # Finds callers that vanished, which frees their rows.
+            "connection_keepalive": {"interval": "30s", "timeout": "10s"},
+        },
         use_remote_address=True,
         internal_address_config={},
         preserve_external_request_id=True,
         always_set_request_id_in_response=True,
         normalize_path=True,
-        **({"access_log": [_access_log()]} if front.access_log else {}),
+        **({"access_log": [_access_log(front)]} if front.access_log else {}),
         local_reply_config=_local_replies(),
         route_config={
             "name": "front",
@@ -228,11 +232,12 @@ def _connection_manager(front: Front, descriptors: str) -> Config:
     )
 
 
-def _access_log() -> Config:
+def _access_log(front: Front) -> Config:
+    prompt = f" prompt=%REQ({front.affinity_header})%" if front.affinity_header else ""
     line = (
         "%START_TIME% %REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %RESPONSE_CODE% grpc=%GRPC_STATUS% "
         "%RESPONSE_FLAGS% attempts=%UPSTREAM_REQUEST_ATTEMPT_COUNT% to=%UPSTREAM_HOST% %DURATION%ms "
-        "id=%REQ(X-REQUEST-ID)%\n"
+        f"id=%REQ(X-REQUEST-ID)%{prompt}\n"
     )
     return {
         "name": "envoy.access_loggers.stdout",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -85,15 +86,47 @@ class Replica:
         return f"127.0.0.1:{self.port}"
 
 
+@dataclass(eq=False)
+class Served(Replica):
+    """`lda-service serve` with the bundled pair, or the one that `flags` name; `prefix` is put before the command."""
+
+    flags: tuple[str, ...] = ("--deterministic",)
+    prefix: tuple[str, ...] = ()
+
+    async def start(self, ready=True):
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MODEL_")}
+        self.process = await asyncio.create_subprocess_exec(
+            *(*self.prefix, sys.executable, "-m", "lda_service", "serve", "--port", str(self.port), *self.flags),
+            env={**inherited, "LOG_LEVEL": "error", "OMP_NUM_THREADS": "1", **self.environment},
+            stdout=subprocess.PIPE,
+        )
+        self.port = int((await self.said("listening on ")).rpartition(":")[2])
+        if ready:
+            await self.said("ready: ")
+        return self
+
+    async def said(self, beginning):
+        """Wait for a line that begins so; the rest of it."""
+        async with asyncio.timeout(2 * WAIT_S):
+            while line := (await self.process.stdout.readline()).decode():
+                if line.startswith(beginning):
+                    return line.removeprefix(beginning).strip()
+        raise AssertionError(f"the server ended before it said {beginning!r}")
+
+
 @asynccontextmanager
-async def replicas(count, **options):
-    """That many servers, ready, side by side."""
-    started = [Replica({"port": 0, **options}) for _ in range(count)]
+async def running(servers):
+    """These servers, ready, side by side."""
     try:
-        await asyncio.gather(*(each.start() for each in started))
-        yield started
+        await asyncio.gather(*(each.start() for each in servers))
+        yield servers
     finally:
-        await asyncio.gather(*(each.kill() for each in started))
+        await asyncio.gather(*(each.kill() for each in servers))
+
+
+def replicas(count, **options):
+    """That many servers over the fake engine, ready, side by side."""
+    return running([Replica({"port": 0, **options}) for _ in range(count)])
 
 
 @dataclass
@@ -153,6 +186,34 @@ async def front(name, ports, folder, change=lambda config: None):
         yield Front(await envoy.ready(), envoy.admin, log)
     finally:
         await envoy.stop()
+
+
+@dataclass(frozen=True)
+class Logged:
+    """One generation in the access log of envoy-affinity.yaml."""
+
+    grpc_status: str
+    flags: str
+    attempts: int
+    port: int | None  # of the server that had it last
+    duration_ms: int
+    prompt: str
+
+    @property
+    def is_left(self):
+        """Whether the caller left; a survey leaves once it knows that a prompt is admitted."""
+        return "DC" in self.flags or "DR" in self.flags
+
+
+LOGGED = re.compile(
+    r"GenerateLDA \d+ grpc=(\S+) (\S+) attempts=(\d+) to=(?:\S+:)?(\d+|-) (\d+)ms .* prompt=(\S+)$", re.MULTILINE
+)
+
+
+def logged(front):
+    """The generations that an Envoy has logged; all of them once it has stopped."""
+    for status, flags, attempts, port, duration_ms, prompt in LOGGED.findall(front.log.read_text()):
+        yield Logged(status, flags, int(attempts), None if port == "-" else int(port), int(duration_ms), prompt)
 
 
 def address(port):
