@@ -7,7 +7,7 @@ environment), nor what they are used for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lda_service.errors import ConfigError
 from lda_service.pairs import demo
@@ -20,6 +20,7 @@ QUANTIZE = ("none", "int8")
 STATIC_STEPS = ("auto", "on", "off")
 SPECULATION = ("off", "auto", "coupled")
 SCOPES = ("generate", "score", "admin")
+BACKENDS = ("native", "vllm")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -83,6 +84,33 @@ class EngineConfig:
             raise ConfigError(f"static_step is {self.static_step!r}; use one of {', '.join(STATIC_STEPS)}.")
         if self.speculation not in SPECULATION:
             raise ConfigError(f"Speculation is {self.speculation!r}; use one of {', '.join(SPECULATION)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class VllmConfig:
+    """How the vLLM backend spreads over devices and machines. Only with `Config.backend` "vllm".
+
+    Every machine of a group runs the same settings but `node_rank`; that of rank 0 serves, at `master_addr`. It listens
+    on `master_port` and the port after it, for the other ranks. `arguments` are passed on to vLLM's `EngineArgs`.
+    """
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        world = self.tensor_parallel_size * self.pipeline_parallel_size
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ConfigError(f"NODE_RANK is {self.node_rank}; with NNODES={self.nnodes} use 0 to {self.nnodes - 1}.")
+        if world % self.nnodes:
+            raise ConfigError(
+                f"TENSOR_PARALLEL_SIZE times PIPELINE_PARALLEL_SIZE is {world}, which {self.nnodes} machines cannot "
+                "share evenly; choose a multiple of NNODES."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +211,7 @@ class HttpConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything the server needs to know."""
+    """Everything the server needs to know. `backend` is "native" or "vllm"; `vllm` is only read with the latter."""
 
     pair: PairConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -191,6 +219,17 @@ class Config:
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    backend: str = "native"
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"BACKEND is {self.backend!r}; use one of {', '.join(BACKENDS)}.")
+        if self.backend == "native" and self.vllm != VllmConfig():
+            raise ConfigError(
+                "The native engine decodes on one device of one machine: TENSOR_PARALLEL_SIZE, PIPELINE_PARALLEL_SIZE, "
+                "NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and VLLM_ARGS are for --backend vllm; leave them out."
+            )
 
 
 def pair_ids(after: str | None, before: str | None) -> tuple[str, str]:

@@ -20,10 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lda_service.engine.detokenizer import TokenPieces, vocabulary_entries
+from lda_service.errors import PairIncompatible
+
+logger = logging.getLogger(__name__)
 
 CONFLICTS_MAX = 32
 SHARED_IDS_MIN = 2
@@ -107,6 +111,20 @@ def compare(after: Side, before: Side) -> CompatibilityReport:
         verdict="",
     )
     return replace(report, verdict=_verdict(report, can_end))
+
+
+def admit(after: Side, before: Side, *, allow_incompatible: bool) -> tuple[CompatibilityReport, tuple[int, ...]]:
+    """Compare a pair that is to be loaded; the report, and the ids that may be generated.
+
+    Raises:
+        PairIncompatible: it is not compatible, unless that is allowed and enough ids are shared.
+    """
+    report, shared = compare(after, before), tuple(shared_ids(after, before))
+    if not report.compatible and not (allow_incompatible and len(shared) >= SHARED_IDS_MIN):
+        raise PairIncompatible(report.verdict)
+    if not report.vocabularies_equal:
+        logger.warning("%s", report.verdict)
+    return report, shared
 
 
 def shared_ids(after: Side, before: Side) -> list[int]:

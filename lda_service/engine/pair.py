@@ -26,7 +26,7 @@ from lda_service.engine.prepack import Backend, choose_backend, swap_bodies, swa
 from lda_service.engine.quantize import CALIBRATION_TEXT, CALIBRATION_TOKENS, quantize
 from lda_service.engine.selfcheck import choose_decoding, ends_in_its_head, plain_logits, whole_logits
 from lda_service.engine.sharing import share_equal_tensors, stored_bytes
-from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported, PairIncompatible
+from lda_service.errors import ConfigError, ModelNotFound, ModelUnreadable, ModelUnsupported
 from lda_service.pair_info import ModelInfo, PairInfo
 from lda_service.pairs import demo
 from lda_service.prompting import PromptRenderer
@@ -102,12 +102,7 @@ def load_pair(config: PairConfig) -> Pair:
     else:
         after = load_model(config.model_after_id, config.dtype, device)
     sides = [vocabulary.Side(m.tokenizer, m.info.vocab_size, m.eos_ids) for m in (after, before)]
-    report = vocabulary.compare(*sides)
-    shared = tuple(vocabulary.shared_ids(*sides))
-    if not report.compatible and not (config.allow_incompatible and len(shared) > 1):
-        raise PairIncompatible(report.verdict)
-    if not report.vocabularies_equal:
-        logger.warning("%s", report.verdict)
+    report, shared = vocabulary.admit(*sides, allow_incompatible=config.allow_incompatible)
     models = (after.model, before.model)
     if adapted_rows is None:
         logger.info("shared_weight_bytes=%d", share_equal_tensors(*models))
@@ -122,14 +117,7 @@ def load_pair(config: PairConfig) -> Pair:
     swap_bodies(backend, models)
     _fuse(backend, after, before)
     logger.info("decoding with %s", backend.summary)
-    info = PairInfo(
-        after=after.info,
-        before=before.info,
-        device=str(device),
-        fingerprint=_digest(f"{after.info.revision}:{before.info.revision}:{after.info.dtype}".encode()),
-        has_chat_template=PromptRenderer(after.tokenizer).has_chat_template,
-        compatibility=report,
-    )
+    info = make_info(after.info, before.info, after.tokenizer, report, str(device))
     pieces = TokenPieces.from_tokenizer(after.tokenizer)
     stop_ids = frozenset(after.eos_ids + before.eos_ids) & frozenset(shared)
     decoding = (_decoding(after, backend, adapted_rows, ALL), _decoding(before, backend, adapted_rows, 0))
@@ -147,6 +135,20 @@ def load_pair(config: PairConfig) -> Pair:
         adapted_rows=adapted_rows,
         head=head,
         quantization_error=rounding,
+    )
+
+
+def make_info(
+    after: ModelInfo, before: ModelInfo, tokenizer: Any, report: vocabulary.CompatibilityReport, device: str
+) -> PairInfo:
+    """What is told about a pair."""
+    return PairInfo(
+        after=after,
+        before=before,
+        device=device,
+        fingerprint=_digest(f"{after.revision}:{before.revision}:{after.dtype}".encode()),
+        has_chat_template=PromptRenderer(tokenizer).has_chat_template,
+        compatibility=report,
     )
 
 
@@ -182,10 +184,8 @@ def load_model(model_id: str, dtype: str, device: torch.device) -> LoadedModel:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except PermissionError as error:
-        raise ModelUnreadable(f"Model {model_id!r} cannot be read: permission denied. Check its file modes.") from error
     except Exception as error:  # what a broken file makes the readers raise is theirs to choose
-        raise _explain(model_id, error) from error
+        raise explain(model_id, error) from error
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     info = describe(model_id, model, config)
     plain = _plain_logits(model_id, model, info.vocab_size)
@@ -220,9 +220,11 @@ def _load_adapted(lora: adapter.Adapter, config: PairConfig, base: LoadedModel) 
     return LoadedModel(base.model, tokenizer, info, eos_ids(base.model, tokenizer), plain), rows
 
 
-def _explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable | ModelUnsupported:
+def explain(model_id: str, error: Exception) -> ModelNotFound | ModelUnreadable | ModelUnsupported:
     """Turn what transformers raised into the error a person can act on."""
     folder = Path(model_id)
+    if isinstance(error, PermissionError):
+        return ModelUnreadable(f"Model {model_id!r} cannot be read: permission denied. Check its file modes.")
     if isinstance(error, (ValueError, KeyError)) and "architecture" in str(error).lower():
         return ModelUnsupported(f"Model {model_id!r} has an architecture that transformers does not know.")
     if adapter.find_config(model_id) is not None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import atexit
 import importlib
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 from typing import TYPE_CHECKING, Protocol
 
 from lda_service.engine.request import Admitted, Load, RequestFailed
 from lda_service.errors import InternalError, LdaError, OutOfMemory
+from lda_service.processes import end_with_parent
 from lda_service.telemetry import configure_logging
 from lda_service.worker.messages import (
     Cancel,
@@ -112,14 +111,7 @@ def _settle_in() -> None:
     # Read when torch is loaded. The server's process needs a core now and then: threads that spin for long at a barrier
     # would hold up the one thread that is late, for a time slice at each of some hundred barriers of a step.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    parent = multiprocessing.parent_process()
-
-    def follow_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow_parent, name="follow-parent", daemon=True).start()
+    end_with_parent()
 
 
 def _leave(code: int) -> None:
