@@ -505,8 +505,9 @@ def _replication(front: Front) -> Config:
         "update_merge_window": "0s",  # else what was learnt of health and of new servers counts up to a second later
     }
     if front.affinity_header:
-        # A server takes at most this share of the mean load; what is above goes to its neighbour.
-        common["consistent_hashing_lb_config"] = {"hash_balance_factor": 150}
+        # A server takes at most this share of the mean load; what is above goes elsewhere. So about 1/1.05 of the
+        # servers are busy however few prompts there are, and a prompt is held by few of them (docs/replicas.md).
+        common["consistent_hashing_lb_config"] = {"hash_balance_factor": 105}
     return {
         # The better of two at random, not the best of all: a server that refuses fast always looks like the best, and
         # a retry that looked for the best again would find the same one.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from lab_harness import PROMPTS, WAIT_S, answer, quick
 from lda_client import AsyncLdaClient, LdaClient
 from lda_client.lab import Pace, SettingsError, resume_survey, run_survey
 from lda_client.lab._fleet import parse_target
 from lda_client.testing import FakeServer
+
+from benchmarks.fleet_simulation import Envoy, Ring, Scenario, simulate
 
 HEADER = "x-lda-prompt-hash"
 
@@ -87,3 +92,60 @@ def test_targets_before_no_server_are_refused(tmp_path, target):
 def test_other_targets_are_addresses(target):
     """An address without a count goes to gRPC as it is, `@` or not."""
     assert parse_target(target) == (target, 1)
+
+
+# The simulation -----------------------------------------------------------------------------------------------------
+
+CALL = Scenario(1, (2.0,), tokens_per_call=100, slots=4, calls_per_slot=25)
+
+
+def test_one_server_takes_the_time_of_its_calls():
+    """A server with four slots runs a hundred calls of 2 s in 50 s, whatever waits."""
+    outcome = simulate(CALL)
+    assert outcome.seconds == pytest.approx(50)
+    assert outcome.tokens_per_s == pytest.approx(200)
+    assert outcome.balance == 1
+    assert outcome.latency_s[0] == pytest.approx(2)
+    assert outcome.latency_s[-1] == pytest.approx(4)  # as many calls wait as run
+
+
+def test_a_client_is_a_limit():
+    """However many servers there are, no more comes than one client's processor takes in."""
+    outcome = simulate(replace(CALL, replicas=20, client_s_per_call=0.1))
+    assert outcome.tokens_per_s == pytest.approx(100 / 0.1, rel=0.1)
+    assert outcome.client_busy > 0.95
+    relieved = simulate(replace(CALL, replicas=20, client_s_per_call=0.1, clients=4))
+    assert relieved.tokens_per_s > 3 * outcome.tokens_per_s
+
+
+def test_bounded_loads_keep_servers_busy():
+    """With few prompts, affinity alone leaves most servers idle; the bound puts nearly all to work."""
+    bound = replace(CALL, replicas=30, prompts=10)
+    strict = simulate(replace(bound, balance_factor=math.inf))
+    assert strict.servers_per_prompt == 1
+    assert strict.balance >= 3  # 30 servers, 10 of them asked at most
+    loose, tight = (simulate(replace(bound, balance_factor=factor)) for factor in (1.5, 1.05))
+    assert strict.tokens_per_s < loose.tokens_per_s < tight.tokens_per_s
+    assert tight.steady_tokens_per_s > 0.8 * 30 * 200
+
+
+def test_failures_cost_their_own_calls():
+    """Every call is kept in spite of failures; what is cut is no more than servers had open, and time is lost."""
+    quiet = replace(CALL, replicas=10, calls_per_slot=100)
+    whole, failing = simulate(quiet), simulate(replace(quiet, mtbf_s=600, restart_s=20))
+    assert len(failing.latency_s) == quiet.calls
+    assert failing.failures > 0
+    assert 0 < failing.cut_calls <= 3 * quiet.slots * failing.failures
+    assert failing.seconds > whole.seconds
+
+
+def test_envoy_keeps_a_prompt_on_its_server_and_moves_only_those_of_a_dead_one():
+    """The model of Envoy: one server for a prompt while there is room; a server that goes moves its prompts alone."""
+    alive = np.ones(5, dtype=bool)
+    envoy = Envoy(Ring(5, np.random.default_rng(0)), alive, math.inf)
+    homes = [envoy.begin(prompt) for prompt in range(200)]
+    assert [envoy.begin(prompt) for prompt in range(200)] == homes
+    assert set(homes) == set(range(5))
+    alive[2] = False
+    moved = [envoy.begin(prompt) for prompt in range(200)]
+    assert [then for then, now in zip(homes, moved, strict=True) if then != now] == [2] * homes.count(2)

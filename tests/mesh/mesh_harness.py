@@ -136,6 +136,7 @@ class Front:
     port: int
     admin: Path
     log: Path
+    pid: int
 
     def hosts(self):
         """What Envoy says of each server: {port: {name of a figure: value}}, healthy among them."""
@@ -183,7 +184,7 @@ async def front(name, ports, folder, change=lambda config: None):
     envoy = Envoy(envoy_binary(), folder, config)
     await envoy.start()
     try:
-        yield Front(await envoy.ready(), envoy.admin, log)
+        yield Front(await envoy.ready(), envoy.admin, log, envoy._process.pid)
     finally:
         await envoy.stop()
 

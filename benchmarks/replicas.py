@@ -1,0 +1,445 @@
+"""Several servers behind Envoy, measured and extrapolated; docs/replicas.md has the results.
+
+    python -m benchmarks.replicas survey      three servers draw what one draws, though one is killed
+    python -m benchmarks.replicas scaling     one server against two, each with a core of its own
+    python -m benchmarks.replicas simulate    costs of a call, measured; 1 to 1,000 servers, simulated with them
+
+Servers are `lda-service serve` with one thread each, and Envoy runs `deploy/envoy/envoy-affinity.yaml`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from lda_client.lab import Pace, Prompt, SurveySettings, run_survey_async
+from lda_client.lab._progress import Quiet
+from scipy.optimize import nnls
+
+from benchmarks.fleet_simulation import Scenario, simulate
+from benchmarks.processes import machine_busy_s
+from lda_service.pairs import demo
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests/mesh")]
+
+from mesh_harness import Served, front, logged, running  # type: ignore[import-not-found]  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from lda_client.lab import Outcome
+
+PROMPTS = tuple(Prompt(f"p{number}", text) for number, text in enumerate(demo.PROMPTS[:20]))
+ALPHAS = (0.0, 0.5)
+CELLS = len(PROMPTS) * len(ALPHAS)
+ROWS = 64  # of a server, as it comes
+# Shapes of surveys that tell what a call, a sequence and a token cost: chunk size, new tokens, rollouts of a cell.
+SHAPES = ((2, 4, 16), (2, 48, 16), (8, 4, 64), (8, 48, 48), (32, 4, 128), (32, 48, 64))
+# Limits of docs/sizing.md for 64 rows; not measured.
+ASSUMED_TOKENS_PER_S = {"1B on an L4": 3182.0, "8B on an H100": 6236.0}
+
+
+@asynccontextmanager
+async def balanced(servers: Sequence[Any]) -> AsyncIterator[tuple[Any, str]]:
+    """An Envoy before these servers, and the target that a survey is given."""
+    with TemporaryDirectory() as folder:
+        async with front("envoy-affinity.yaml", [each.port for each in servers], Path(folder)) as envoy:
+            await envoy.all_healthy()
+            yield envoy, f"{len(servers)}@127.0.0.1:{envoy.port}"
+
+
+async def drawn(
+    folder: Path, target: str, settings: SurveySettings, prompts: Sequence[Prompt] = PROMPTS, **options: Any
+) -> Outcome:
+    """A survey, complete."""
+    outcome = await run_survey_async(folder, prompts, settings, [target], **options)
+    if outcome.missing:
+        raise click.ClickException(f"{outcome.missing} rollouts are missing.")
+    return outcome
+
+
+def processor_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@click.group()
+def main() -> None:
+    """Several servers behind Envoy, measured and extrapolated."""
+
+
+# Draw for draw ------------------------------------------------------------------------------------------------------
+
+
+class Milestone(Quiet):
+    """A reporter that says when so many rollouts are drawn."""
+
+    def __init__(self, rollouts: int) -> None:
+        self._left = rollouts
+        self.reached = asyncio.Event()
+
+    def advance(self, rollouts: int, tokens: int) -> None:
+        """Count."""
+        self._left -= rollouts
+        if self._left <= 0:
+            self.reached.set()
+
+
+@main.command()
+@click.option("--rollouts", default=10_000, show_default=True, help="Of the whole survey; rounded up to full cells.")
+@click.option("--replicas", default=3, show_default=True, type=click.IntRange(2))
+@click.option("--restart/--no-restart", default=True, show_default=True, help="Start the killed server again.")
+def survey(rollouts: int, replicas: int, restart: bool) -> None:
+    """Draw a survey on one server, then on several of which one is killed; compare the files."""
+    asyncio.run(_survey(-(-rollouts // CELLS), replicas, restart))
+
+
+async def _survey(per_cell: int, replicas: int, restart: bool) -> None:
+    settings = SurveySettings(alphas=ALPHAS, rollouts=per_cell, max_new_tokens=64)
+    total = CELLS * per_cell
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        async with running([Served() for _ in range(replicas)]) as servers:
+            alone = await drawn(folder / "one", servers[0].address, settings)
+            tell("one server", alone)
+            async with balanced(servers) as (envoy, target):
+                third = Milestone(total // 3)
+                together = asyncio.create_task(drawn(folder / "several", target, settings, reporter=third))
+                await third.reached.wait()
+                victim = await busiest(envoy, servers)
+                await victim.kill()
+                click.echo(f"killed the server on port {victim.port} after {total // 3:,} rollouts")
+                if restart:
+                    await victim.start()
+                    click.echo("it is back")
+                outcome = await together
+                tell(f"{replicas} servers", outcome)
+        tell_calls(list(logged(envoy)), victim.port, -(-per_cell // settings.chunk_size) * CELLS)
+    equal = digest(outcome) == digest(alone)
+    click.echo("the files are equal" if equal else "THE FILES DIFFER")
+    sys.exit(not equal)
+
+
+async def busiest(envoy: Any, servers: Sequence[Any]) -> Any:
+    """The server with the most open calls."""
+    hosts = await asyncio.to_thread(envoy.hosts)
+    return max(servers, key=lambda each: hosts[each.port]["rq_active"])
+
+
+def digest(outcome: Outcome) -> str:
+    """SHA-256 of the rollouts."""
+    return sha256(outcome.run.rollouts_path.read_bytes()).hexdigest()
+
+
+def tell(what: str, outcome: Outcome) -> None:
+    """One line about a survey."""
+    rate = outcome.tokens / outcome.seconds
+    click.echo(
+        f"{what}: {outcome.drawn:,} rollouts, {outcome.tokens:,} tokens in {outcome.seconds:.1f} s ({rate:,.0f} "
+        f"tokens/s), rollouts.parquet {digest(outcome)}"
+    )
+
+
+def tell_calls(calls: list[Any], victim: int, chunks: int) -> None:
+    """Which server had which calls. Raises ClickException if any other server's stream was cut."""
+    calls = [each for each in calls if not each.is_left]
+    cut = [each for each in calls if each.grpc_status != "OK"]
+    by_server: dict[str, Counter[int]] = defaultdict(Counter)
+    for each in calls:
+        by_server[each.prompt][each.port] += 1
+    at_home = sum(max(ports.values()) for ports in by_server.values()) / len(calls)
+    servers = statistics.mean(map(len, by_server.values()))
+    click.echo(
+        f"{len(calls)} calls for {chunks} chunks: {dict(Counter(each.port for each in calls))} by port, {len(cut)} "
+        f"cut; of a prompt's calls {at_home:.0%} on one server, on {servers:.1f} in all"
+    )
+    if {each.port for each in cut} - {victim} or len(calls) - len(cut) != chunks:
+        raise click.ClickException("a stream of another server was cut, or a chunk was drawn twice")
+
+
+# One against two ----------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--repetitions", default=3, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--pair", "pair_name", default="bench-190m", show_default=True, type=click.Choice(["bench-190m", "bundled"])
+)
+def scaling(repetitions: int, pair_name: str) -> None:
+    """Measure one server against two, each with a core of its own; client and Envoy share the cores with them."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        raise click.ClickException("this takes two cores")
+    asyncio.run(_scaling(repetitions, pair_name, cores))
+
+
+async def _scaling(repetitions: int, pair_name: str, cores: list[int]) -> None:
+    flags, prompts, settings = _load(pair_name)
+    servers = [Served(flags=flags, prefix=("taskset", "-c", str(core))) for core in cores]
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    async with running(servers), balanced(servers[:1]) as first, balanced(servers) as second:
+        for number in range(repetitions + 1):  # the first warms up
+            for count, (envoy, target) in ((1, first), (2, second)):
+                figures = await _timed(envoy, target, replace(settings, seed=number), prompts)
+                click.echo(f"{count} server(s): {figures}")
+                if number:
+                    rates[count].append(figures.tokens_per_s)
+    one, two = (statistics.median(rates[count]) for count in (1, 2))
+    click.echo(f"median of {repetitions}: {one:,.1f} tokens/s with one, {two:,.1f} with two: {two / one:.2f} times")
+
+
+def _load(pair_name: str) -> tuple[tuple[str, ...], tuple[Prompt, ...], SurveySettings]:
+    """Flags of the server, prompts and settings: about half a minute of work for one core."""
+    if pair_name == "bundled":
+        settings = SurveySettings(alphas=ALPHAS, rollouts=64, max_new_tokens=64, slopes=False)
+        return ("--deterministic",), PROMPTS, settings
+    from benchmarks.models import ensure_pair
+    from benchmarks.workloads import PAIRS
+
+    paths = ensure_pair(PAIRS[pair_name], ROOT / ".bench" / "models")
+    flags = [text for role, path in paths.items() for text in (f"--model-{role}-id", str(path))]
+    prompts = tuple(Prompt(f"p{n}", " ".join(f"w{31 * n + k + 2}" for k in range(16))) for n in range(20))
+    settings = SurveySettings(
+        alphas=(1.0,), rollouts=16, chunk_size=16, max_new_tokens=16, raw=True, ignore_eos=True, estimate=False
+    )
+    return tuple(flags), prompts, settings
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A survey with the processor time that it took, in seconds, and how many cores all else on the machine used."""
+
+    tokens: int
+    sequences: int
+    calls: int
+    seconds: float
+    client_s: float
+    envoy_s: float
+    busy_cores: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over the whole survey."""
+        return self.tokens / self.seconds
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_s:,.1f} tokens/s in {self.seconds:.1f} s; client {self.client_s / self.seconds:.2f} and "
+            f"Envoy {self.envoy_s / self.seconds:.2f} cores, the machine {self.busy_cores:.2f}"
+        )
+
+
+async def _timed(
+    envoy: Any, target: str, settings: SurveySettings, prompts: Sequence[Prompt] = PROMPTS, **options: Any
+) -> Timed:
+    with TemporaryDirectory() as folder:
+        client, proxy, machine = time.process_time(), processor_s(envoy.pid), machine_busy_s()
+        outcome = await drawn(Path(folder) / "run", target, settings, prompts, **options)
+        chunks = settings.chunks_per_cell() * len(prompts) * len(settings.alphas)
+        return Timed(
+            outcome.tokens,
+            outcome.drawn,
+            chunks,
+            outcome.seconds,
+            time.process_time() - client,
+            processor_s(envoy.pid) - proxy,
+            (machine_busy_s() - machine) / outcome.seconds,
+        )
+
+
+# Beyond this machine ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured for the simulation.
+
+    Attributes:
+        service_s: of calls of 16 sequences on a server all of whose rows are in use, in seconds.
+        tokens_per_call: new tokens of such a call.
+        tokens_per_s: of that server.
+        client: processor time of the client for a call, a sequence and a token, in seconds.
+        envoy: likewise of Envoy.
+        journal_bytes_per_token: that a survey writes.
+        disk_bytes_per_s: written and flushed.
+    """
+
+    service_s: tuple[float, ...]
+    tokens_per_call: float
+    tokens_per_s: float
+    client: tuple[float, float, float]
+    envoy: tuple[float, float, float]
+    journal_bytes_per_token: float
+    disk_bytes_per_s: float
+
+    def per_call(self, costs: tuple[float, float, float], sequences: int = 16) -> float:
+        """Processor time for a call of the measured length."""
+        call, sequence, token = costs
+        return call + sequences * sequence + self.tokens_per_call * token
+
+
+@main.command(name="simulate")
+def simulate_command() -> None:
+    """Measure what a call costs, then simulate up to 1,000 servers with it."""
+    costs = asyncio.run(_costs())
+    tell_costs(costs)
+    tell_measured_fleet(costs)
+    tell_balance(costs)
+    for name, rate in ASSUMED_TOKENS_PER_S.items():
+        tell_plan(costs, name, rate)
+    tell_failures(costs)
+
+
+async def _costs() -> Costs:
+    settings = SurveySettings(alphas=ALPHAS, rollouts=64, max_new_tokens=64)
+    async with running([Served()]) as servers:
+        async with balanced(servers) as (envoy, target):
+            shapes = [await _timed(envoy, target, _shape(settings, shape)) for shape in SHAPES]
+        async with balanced(servers) as (envoy, target):
+            full = await _timed(envoy, target, settings, pace=Pace(at_once=ROWS // settings.chunk_size))
+        service_s = tuple(each.duration_ms / 1e3 for each in logged(envoy) if not each.is_left)
+        journal = await _journal_bytes_per_token(servers[0].address, settings)
+    return Costs(
+        service_s,
+        full.tokens / full.calls,
+        full.tokens_per_s,
+        fitted(shapes, [each.client_s for each in shapes]),
+        fitted(shapes, [each.envoy_s for each in shapes]),
+        journal,
+        _disk_bytes_per_s(),
+    )
+
+
+def _shape(settings: SurveySettings, shape: tuple[int, int, int]) -> SurveySettings:
+    chunk_size, max_new_tokens, rollouts = shape
+    return replace(settings, chunk_size=chunk_size, max_new_tokens=max_new_tokens, rollouts=rollouts)
+
+
+def fitted(runs: Sequence[Timed], seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Seconds for a call, a sequence and a token: least squares without negative costs, one survey's own cost apart."""
+    counts = np.array([[each.calls, each.sequences, each.tokens, 1] for each in runs], dtype=float)
+    (call, sequence, token, _), _ = nnls(counts / np.array(seconds)[:, None], np.ones(len(runs)))
+    return float(call), float(sequence), float(token)
+
+
+async def _journal_bytes_per_token(address: str, settings: SurveySettings) -> float:
+    """Of a survey that stops early: one that is complete keeps no journal."""
+    with TemporaryDirectory() as folder:
+        outcome = await run_survey_async(
+            Path(folder) / "run", PROMPTS, settings, [address], pace=Pace(budget_tokens=5000)
+        )
+        return outcome.run.journal_path.stat().st_size / outcome.tokens
+
+
+def _disk_bytes_per_s(size: int = 64 << 20) -> float:
+    with TemporaryDirectory(dir=ROOT) as folder:
+        begun = time.perf_counter()
+        with (Path(folder) / "file").open("wb", buffering=0) as file:
+            file.write(os.urandom(size))
+            os.fsync(file.fileno())
+        return size / (time.perf_counter() - begun)
+
+
+def tell_costs(costs: Costs) -> None:
+    """The measured inputs."""
+    click.echo(f"service time of a call: median {np.median(costs.service_s):.2f} s of {len(costs.service_s)}")
+    click.echo(f"tokens of a call: {costs.tokens_per_call:.0f}; of a server: {costs.tokens_per_s:,.0f} a second")
+    for name, each in (("client", costs.client), ("Envoy", costs.envoy)):
+        call, sequence, token = (1e6 * cost for cost in each)
+        rate = costs.tokens_per_call / costs.per_call(each)
+        click.echo(
+            f"{name}: {call:.0f} us a call, {sequence:.0f} us a sequence, {token:.2f} us a token: "
+            f"{rate:,.0f} tokens/s for a core"
+        )
+    click.echo(
+        f"journal: {costs.journal_bytes_per_token:.1f} bytes a token; disk: {costs.disk_bytes_per_s / 1e6:,.0f} MB/s"
+    )
+
+
+def scenario(costs: Costs, replicas: int, rate: float | None = None, **changes: Any) -> Scenario:
+    """The measured call on so many servers; with a rate, on servers that decode so many tokens a second."""
+    slots = ROWS // 16
+    service_s = np.array(costs.service_s)
+    if rate is not None:
+        service_s *= slots * costs.tokens_per_call / rate / service_s.mean()
+    given = {"client_s_per_call": costs.per_call(costs.client), **changes}
+    return Scenario(replicas, tuple(service_s), costs.tokens_per_call, slots=slots, **given)
+
+
+def tell_measured_fleet(costs: Costs) -> None:
+    """Servers as fast as the measured one, one client."""
+    click.echo("\n| servers | tokens/s | of one | busiest over mean | call p50 | call p99 | client busy |")
+    click.echo("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    alone = simulate(scenario(costs, 1)).tokens_per_s
+    for replicas in (1, 2, 3, 10, 30, 100, 300, 1000):
+        outcome = simulate(scenario(costs, replicas))
+        p50, p99 = np.quantile(outcome.latency_s, (0.5, 0.99))
+        click.echo(
+            f"| {replicas:,} | {outcome.tokens_per_s:,.0f} | {outcome.tokens_per_s / alone:,.1f} | "
+            f"{outcome.balance:.2f} | {p50:.2f} s | {p99:.2f} s | {outcome.client_busy:.0%} |"
+        )
+
+
+def tell_balance(costs: Costs) -> None:
+    """What the bound on a server's load does, with a client that costs nothing."""
+    click.echo("\n| servers | prompts | bound | share of the servers' rate | servers of a prompt | call p99 |")
+    click.echo("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for replicas, prompts in ((3, 20), (10, 20), (100, 200), (1000, 200), (1000, 2000)):
+        for factor in (1.05, 1.5, np.inf):
+            planned = scenario(costs, replicas, client_s_per_call=0.0, prompts=prompts, balance_factor=factor)
+            outcome = simulate(planned)
+            full = replicas * planned.slots * planned.tokens_per_call / np.mean(planned.service_s)
+            click.echo(
+                f"| {replicas:,} | {prompts:,} | {factor:g} | {outcome.steady_tokens_per_s / full:.0%} | "
+                f"{outcome.servers_per_prompt:.1f} | {np.quantile(outcome.latency_s, 0.99):.1f} s |"
+            )
+
+
+def tell_plan(costs: Costs, name: str, rate: float, replicas: int = 1000) -> None:
+    """1,000 servers of an assumed rate: with one client, and with as many as it takes."""
+    client, envoy = (costs.per_call(each) / costs.tokens_per_call for each in (costs.client, costs.envoy))
+    tokens_per_s = replicas * rate
+    clients = -(-tokens_per_s * client // 0.7)
+    click.echo(
+        f"\n{name}, {rate:,.0f} tokens/s each (a limit, not measured), {replicas:,} servers: {tokens_per_s:,.0f} "
+        f"tokens/s take {tokens_per_s * client:.1f} cores of clients, {tokens_per_s * envoy:.1f} of Envoys, "
+        f"{tokens_per_s * costs.journal_bytes_per_token / 1e6:,.0f} MB/s of journals"
+    )
+    for count in (1, int(clients)):
+        planned = scenario(costs, replicas, rate, clients=count, prompts=max(2000, 10 * count))
+        outcome = simulate(planned)
+        click.echo(
+            f"  {count} client(s): {outcome.steady_tokens_per_s:,.0f} tokens/s "
+            f"({outcome.steady_tokens_per_s / tokens_per_s:.0%}), clients {outcome.client_busy:.0%} busy"
+        )
+
+
+def tell_failures(costs: Costs, replicas: int = 100) -> None:
+    """Servers that fail far too often, beside servers that do not."""
+    planned = scenario(costs, replicas, client_s_per_call=0.0, calls_per_slot=200, prompts=2000)
+    whole = simulate(planned)
+    mtbf_s = 20 * whole.seconds
+    failing = simulate(replace(planned, mtbf_s=mtbf_s, restart_s=30.0))
+    click.echo(
+        f"\n{replicas} servers, each failing every {mtbf_s / 3600:.2f} h and away for 30 s: {failing.failures} "
+        f"failures in {failing.seconds:.0f} s cut {failing.cut_calls} of {planned.calls:,} calls; "
+        f"{1 - failing.tokens_per_s / whole.tokens_per_s:.1%} slower"
+    )
+
+
+if __name__ == "__main__":
+    main()
