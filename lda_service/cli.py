@@ -18,6 +18,7 @@ import click
 from lda_service import __version__
 from lda_service.cli_access import access_options, probe_options, token
 from lda_service.cli_doctor import doctor
+from lda_service.cli_vllm import vllm_options
 from lda_service.config import (
     DTYPES,
     LOG_FORMATS,
@@ -32,6 +33,7 @@ from lda_service.config import (
     PairConfig,
     ServerConfig,
     TelemetryConfig,
+    VllmConfig,
     pair_ids,
 )
 from lda_service.errors import ConfigError, LdaError
@@ -212,6 +214,7 @@ def main() -> None:
     show_default=True,
     help="Offer the methods of lda.v1.AdminService.",
 )
+@vllm_options
 @access_options
 @click.option(
     "--metrics-port",
@@ -284,7 +287,7 @@ def _start(flags: dict[str, Any], http: HttpConfig | None = None) -> None:
             log.warning("%s", BUNDLED_NOTICE)
         if config.telemetry.log_prompts:
             log.warning("%s", PROMPTS_NOTICE)
-        _run(_serve(config, http))
+        _run(_hold_ranks(config) if config.vllm.node_rank else _serve(config, http))
     except LdaError as error:
         _fail(error)
 
@@ -293,11 +296,13 @@ def _config(flags: dict[str, Any]) -> Config:
     """The settings that flags of the same names give. Raises `ConfigError`."""
     flags = dict(flags)
     after, before = pair_ids(flags.pop("model_after_id"), flags.pop("model_before_id"))
-    engine, server, admission, access, telemetry = (
+    engine, server, admission, access, telemetry, vllm = (
         {field.name: flags.pop(field.name) for field in fields(kind) if field.name in flags}
-        for kind in (EngineConfig, ServerConfig, AdmissionConfig, AccessConfig, TelemetryConfig)
+        for kind in (EngineConfig, ServerConfig, AdmissionConfig, AccessConfig, TelemetryConfig, VllmConfig)
     )
     return Config(
+        backend=flags.pop("backend"),
+        vllm=VllmConfig(**vllm),
         pair=PairConfig(after, before, **flags),
         engine=EngineConfig(**engine),
         server=ServerConfig(**server),
@@ -341,6 +346,15 @@ def health(host: str, port: int, timeout: float, **probe: Any) -> None:
 
 main.add_command(token)
 main.add_command(doctor)
+
+
+async def _hold_ranks(config: Config) -> None:
+    """What a machine of a group does that does not serve."""
+    from lda_service.worker.headless import run
+
+    group = config.vllm
+    click.echo(f"machine {group.node_rank} of {group.nnodes}: serves nothing, waits for {group.master_addr}")
+    await run(config, lambda pair: click.echo(f"ready: {pair.after.model_id} vs {pair.before.model_id}"))
 
 
 async def _serve(config: Config, http: HttpConfig | None) -> None:

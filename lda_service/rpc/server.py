@@ -32,7 +32,6 @@ from lda_service.rpc.servicer import LdaServicer
 from lda_service.rpc.tls import server_credentials
 from lda_service.rpc.tracing import Tracing, open_tracing
 from lda_service.worker.client import WorkerClient, WorkerState
-from lda_service.worker.process import DEFAULT_FACTORY
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -73,7 +72,7 @@ class LdaServer:
 
     Args:
         config: settings.
-        factory: "module:function" that makes the engine, resolved in the worker process.
+        factory: "module:function" that makes the engine, resolved in the worker process; None: that of the backend.
         load_prompter: makes the prompt renderer of a model id; runs in a thread.
         tracing: where traces go; by default where the settings and the OTEL_ variables say.
     """
@@ -81,7 +80,7 @@ class LdaServer:
     def __init__(
         self,
         config: Config,
-        factory: str = DEFAULT_FACTORY,
+        factory: str | None = None,
         load_prompter: Callable[[str], Prompter] = PromptRenderer.load,
         tracing: Tracing | None = None,
     ) -> None:

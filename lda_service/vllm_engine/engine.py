@@ -33,6 +33,8 @@ from lda_service.engine.request import (
 from lda_service.engine.rollout import Rollout
 from lda_service.engine.rows import Scoring
 from lda_service.errors import InternalError
+from lda_service.vllm_engine import group
+from lda_service.vllm_engine.start import explained, prepare
 from lda_service.vllm_engine.wire import DrawAnswer, DrawAsk, ScoreAnswer, ScoreAsk
 
 if TYPE_CHECKING:
@@ -284,19 +286,17 @@ class VllmEngine:
 
 
 def load_engine(config: Config) -> tuple[VllmEngine, PairInfo]:
-    """The engine over the configured pair; the worker's factory for `--backend vllm`.
+    """The engine over the configured pair, on the machine of rank 0; the worker's factory for `--backend vllm`.
 
     Raises:
         StartupError: the pair cannot be loaded, or a setting cannot be kept.
     """
-    from lda_service.vllm_engine.settings import prepare
-
-    prepare(config)
+    args, facts = prepare(config)
     from lda_service.vllm_engine.core import Core
-    from lda_service.vllm_engine.pair import read_pair
-    from lda_service.vllm_engine.settings import engine_args
 
-    facts = read_pair(config.pair, config.vllm.arguments.get("max_model_len"))
-    core = Core(engine_args(config, facts))
+    with explained():
+        group.lead(config.vllm, group.digest(config, facts))
+        core = Core(args)
+    group.end_with_ranks(core.rank_sentinels)
     info = replace(facts.info, device=core.config.device_config.device_type)
     return VllmEngine(core, facts, config.engine), info

@@ -45,6 +45,7 @@ IMPOSSIBLE = {
 }
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in the worker process, which is ours
+    "VLLM_CONFIGURE_LOGGING": "0",  # its log goes where ours goes
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else ranks on one CPU socket do not start
@@ -53,7 +54,7 @@ LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS = 128, 16  # what vLLM takes when nobody says
 
 
-def prepare(config: Config) -> None:
+def check(config: Config) -> None:
     """Check what can be checked without vLLM, then its version, and set its environment. Before vLLM is imported.
 
     Raises:
@@ -65,6 +66,9 @@ def prepare(config: Config) -> None:
     settings = dict(ENVIRONMENT)
     if config.vllm.nnodes == 1 or config.vllm.master_addr in ("127.0.0.1", "localhost"):
         settings |= LOOPBACK
+    # Read by ranks on a CPU; vLLM's own choice is one thread.
+    ranks = config.vllm.tensor_parallel_size * config.vllm.pipeline_parallel_size // config.vllm.nnodes
+    settings["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 

@@ -8,6 +8,7 @@ and nothing of what is generated.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import multiprocessing
 import threading
@@ -71,8 +72,9 @@ class WorkerProcess:
         self._connection, self._remote_end = context.Pipe()
         self._outbox: SimpleQueue[Inbound | None] = SimpleQueue()  # filled on the loop, emptied by the writer
         self._process: SpawnProcess = context.Process(
-            target=worker_process.main, args=(self._remote_end, config, factory), name="worker", daemon=True
+            target=worker_process.main, args=(self._remote_end, config, factory), name="worker"
         )
+
         self._reader = threading.Thread(target=self._read, name="worker-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name="worker-writer", daemon=True)
         self.exit_code: int | None = None  # negative for a signal; set by the reader, which alone reaps the process
@@ -84,7 +86,9 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Spawn the process; blocks for some milliseconds, so it is called off the loop."""
+        # A daemon would end with this process too, but may have no processes of its own, which a group's ranks are.
         self._process.start()
+        atexit.register(self.kill)
         self._remote_end.close()  # ours must be the only copy left, or the end of the worker goes unseen
         self._reader.start()
         self._writer.start()
@@ -120,6 +124,7 @@ class WorkerProcess:
         self.exit_code = self._process.exitcode
         self._hand_over(None)
         self._process.join()
+        atexit.unregister(self.kill)
 
     def _write(self) -> None:
         """Thread: send until told to stop or the pipe breaks."""
@@ -141,7 +146,7 @@ class WorkerClient:
 
     Args:
         config: settings; handed to the worker process too.
-        factory: "module:function" that makes the engine, resolved in the worker process.
+        factory: "module:function" that makes the engine, resolved in the worker process; None: that of the backend.
         on_state: called on the loop at every change of state.
         on_load: called on the loop whenever the engine says how busy it is, and with nothing when it is gone.
     """
@@ -149,12 +154,12 @@ class WorkerClient:
     def __init__(
         self,
         config: Config,
-        factory: str = worker_process.DEFAULT_FACTORY,
+        factory: str | None = None,
         on_state: Callable[[WorkerState], None] = lambda state: None,
         on_load: Callable[[Load], None] = lambda load: None,
     ) -> None:
         self._config = config
-        self._factory = factory
+        self._factory = factory or worker_process.factory_of(config)
         self._on_state = on_state
         self._on_load = on_load
         self._state = WorkerState.LOADING

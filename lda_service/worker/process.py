@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     Pipe = Connection[Outbound, Inbound]
 
-DEFAULT_FACTORY = "lda_service.worker.process:load_engine"
+NATIVE = "lda_service.worker.process:load_engine"
+VLLM, VLLM_FOLLOWER = (f"lda_service.vllm_engine.{name}" for name in ("engine:load_engine", "follower:load_follower"))
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,13 @@ class DecodingEngine(Protocol):
 
     def warm_up(self) -> None:
         """Run a short generation through the whole path."""
+
+
+def factory_of(config: Config) -> str:
+    """What makes the engine that the settings ask for, as `main` takes it."""
+    if config.backend == "native":
+        return NATIVE
+    return VLLM_FOLLOWER if config.vllm.node_rank else VLLM
 
 
 def load_engine(config: Config) -> tuple[DecodingEngine, PairInfo]:
