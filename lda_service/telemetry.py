@@ -41,7 +41,7 @@ class ContextFields(logging.Filter):
 
 
 def configure_logging(log_format: str = "text", log_level: str = "info") -> None:
-    """Send the records of this process to stderr. Called once in the server and once in the worker."""
+    """Send the records of this process to stderr. Called once in the server, in the worker and in each rank."""
     handler = logging.StreamHandler(sys.stderr)
     if log_format == "json":
         handler.setFormatter(_json_formatter())
@@ -50,6 +50,8 @@ def configure_logging(log_format: str = "text", log_level: str = "info") -> None
     else:
         handler.setFormatter(logging.Formatter(LINE))
     logging.basicConfig(level=log_level.upper(), handlers=[handler])
+    if log_level == "info":
+        logging.getLogger("vllm").setLevel(logging.WARNING)  # it tells some sixty things at each start
 
 
 def _json_formatter() -> logging.Formatter:

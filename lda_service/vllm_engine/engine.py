@@ -165,7 +165,15 @@ class VllmEngine:
         return events
 
     def warm_up(self) -> None:
-        """A short generation and a score through the whole path, so that the first caller does not pay for it."""
+        """A short generation and a score through the whole path, so that the first caller does not pay for it.
+
+        Raises:
+            ModelUnsupported: vLLM has no kernel for these models here.
+        """
+        with explained():
+            self._warm_up()
+
+    def _warm_up(self) -> None:
         prompt = self._facts.shared_ids[: min(8, self._facts.info.context_tokens - 4)]
         branches = (Branch(Role.AMPLIFIED, 1.0), Branch(Role.AFTER, 0.0), Branch(Role.BEFORE, -1.0))
         stopping = Stopping(max_new_tokens=3, ignore_eos=True)

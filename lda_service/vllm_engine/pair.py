@@ -92,6 +92,7 @@ def read_pair(config: PairConfig, max_context_tokens: int | None) -> PairFacts:
         if adapter.brings_tokenizer(lora.model_id):
             tokenizer_id = lora.model_id
             after = replace(after, tokenizer=AutoTokenizer.from_pretrained(tokenizer_id, trust_remote_code=False))
+    before = replace(before, info=replace(before.info, dtype=after.info.dtype))  # vLLM runs both in one type
     sides = [vocabulary.Side(side.tokenizer, side.info.vocab_size, side.eos_ids) for side in (after, before)]
     report, shared = vocabulary.admit(*sides, allow_incompatible=config.allow_incompatible)
     return PairFacts(

@@ -6,6 +6,7 @@ in `sample_tokens`) and where the order of rows is read. Knows vLLM's workers; n
 
 from __future__ import annotations
 
+import multiprocessing
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from lda_service.processes import end_with_parent
+from lda_service.telemetry import configure_logging
 from lda_service.vllm_engine.pair import SharedVocabulary
 from lda_service.vllm_engine.step_rows import StepRows
 from lda_service.vllm_engine.wire import KEY
@@ -28,9 +30,13 @@ if TYPE_CHECKING:
     from lda_service.vllm_engine.wire import Answer
 
 
+RANK_PROCESS = "VllmWorker"  # else the rank is in the worker's own process
+
+
 class PairRank:
     """What is added to a vLLM worker class, which stands behind it in the order of bases."""
 
+    model_config: Any
     model_runner: Any
     use_v2_model_runner: bool
     device: torch.device
@@ -38,7 +44,9 @@ class PairRank:
 
     def load_model(self, **options: Any) -> None:
         """Load both models; a rank ends with the process that started it, even while it waits for other ranks."""
-        end_with_parent()
+        if multiprocessing.current_process().name.startswith(RANK_PROCESS):
+            configure_logging(*self.model_config.hf_config.lda_log)
+            end_with_parent()
         super().load_model(**options)  # type: ignore[misc]
         self._pair = self.model_runner.get_model()
         self._pair.is_adopted = True

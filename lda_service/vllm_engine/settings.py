@@ -128,6 +128,7 @@ def engine_args(config: Config, facts: PairFacts) -> EngineArgs:
     if config.pair.device == "cuda" and is_cpu:
         raise ConfigError("DEVICE asks for CUDA, but vLLM finds no CUDA device; use DEVICE=cpu.")
     extra.setdefault("enforce_eager", is_cpu)  # compiling takes minutes there
+    extra.setdefault("async_scheduling", False)  # not tried with a pair
     world = settings.tensor_parallel_size * settings.pipeline_parallel_size
     arguments = {
         "model": facts.after_id,
@@ -148,6 +149,7 @@ def engine_args(config: Config, facts: PairFacts) -> EngineArgs:
             "lda_tokenizer": facts.tokenizer_id,
             "lda_shared": ranges(facts.shared_ids),
             "lda_online_quantization": "quantization" in extra,
+            "lda_log": [config.telemetry.log_format, config.telemetry.log_level],
         },
     }
     if settings.nnodes > 1:
