@@ -51,7 +51,7 @@ class CaseError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with `!repeat [text or list, times]` and `!matches regular-expression`."""
+    """YAML with `!repeat [text or list, times]`, `!matches regular-expression` and `!number`."""
 
 
 def _repeat(loader: _Loader, node: yaml.SequenceNode) -> Any:
@@ -63,8 +63,13 @@ def _matches(loader: _Loader, node: yaml.ScalarNode) -> re.Pattern[str]:
     return re.compile(str(loader.construct_scalar(node)))
 
 
+def _number(loader: _Loader, node: yaml.Node) -> type[float]:
+    return float  # as a pattern: any finite number, which JSON has without quotes
+
+
 _Loader.add_constructor("!repeat", _repeat)
 _Loader.add_constructor("!matches", _matches)
+_Loader.add_constructor("!number", _number)
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,8 @@ def _equal(pattern: Any, actual: Any) -> bool:
         return isinstance(actual, str) and pattern.fullmatch(actual) is not None
     if isinstance(pattern, bool) or isinstance(actual, bool):
         return pattern is actual
+    if pattern is float:
+        return isinstance(actual, int | float)
     if isinstance(pattern, int | float) and isinstance(actual, int | float):
         return math.isclose(pattern, actual, rel_tol=RELATIVE_ERROR_MAX)
     return type(pattern) is type(actual) and pattern == actual

@@ -2,6 +2,7 @@
 
     python clients/conformance/run.py                      every client of clients.yaml
     python clients/conformance/run.py --client go --case half_characters --build
+    python clients/conformance/run.py --server pair --serve ".bench/vllm/bin/lda-service serve --backend vllm"
 
 Exit status 1 if anything failed. A client whose tools are missing is skipped, and fails with --no-skip or CI=true.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from xml.etree import ElementTree
 import cases
 from adapters import Adapter, AdapterFailed, Client, registry
 from grpc import RpcError
-from servers import ServerFailed, Servers
+from servers import NAMES, SERVE, ServerFailed, Servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -190,6 +192,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--client", action="append", help="this client only; may be given again")
     parser.add_argument("--case", action="append", help="this case only, and no samples; may be given again")
+    parser.add_argument("--server", action="append", choices=NAMES, help="its cases only; may be given again")
+    parser.add_argument("--serve", type=shlex.split, default=SERVE, help="what serves the bundled pair, with its flags")
     parser.add_argument("--build", action="store_true", help="build each client first, and run its own tests last")
     parser.add_argument("--junit", type=Path, help="write the outcomes here too")
     no_skip = os.environ.get("CI") == "true"
@@ -209,8 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     options = parse(arguments)
     clients, chosen = named(registry(), options.client), named(cases.load(), options.case)
+    chosen = [case for case in chosen if options.server is None or case.server in options.server]
     needed = {case.server for case in chosen} | ({"pair"} if options.case is None else set())
-    with Servers(needed) as servers:
+    with Servers(needed, options.serve) as servers:
         outcomes = [outcome for client in clients for outcome in run_client(client, chosen, servers, options)]
     print_matrix(outcomes)
     if options.junit:

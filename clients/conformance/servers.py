@@ -5,7 +5,7 @@
     disposable, draining
                         the same, a fresh process for each case, since the case ends it
     scripted            plays the script of the case (script_server.py)
-    pair                `lda-service serve` on the bundled pair
+    pair                `lda-service serve` on the bundled pair, or the command that the runner is given
     stuck               a port that takes connections and never says a word
     nobody              a port at which nobody listens
 
@@ -37,15 +37,17 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from certificates import Authority
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from cases import Case
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+SERVE = (str(Path(sys.executable).with_name("lda-service")), "serve")
+PAIR_FLAGS = ("--port", "0", "--drain-grace", "1")
 START_S, SETTLE_S = 180.0, 20.0
 SHARED = ("echo", "small", "one_caller", "loading", "tls", "secure")
-OBSERVED = ("echo", "small", "one_caller")  # whose load is looked at before each case: they are open to anybody
+OBSERVED = ("echo", "small", "one_caller", "pair")  # whose load is looked at before each case: they are open to anybody
 FRESH = ("disposable", "draining")
 NAMES = (*SHARED, *FRESH, "scripted", "pair", "stuck", "nobody")
 # Token, scopes and expiry of the servers `tls` and `secure`.
@@ -139,10 +141,15 @@ class Watcher:
 
 
 class Servers:
-    """All servers of a run, as a context manager; only those that the cases name are started."""
+    """All servers of a run, as a context manager; only those that the cases name are started.
 
-    def __init__(self, names: set[str]) -> None:
-        self._names = names
+    Args:
+        names: of the servers.
+        serve: the command that serves the bundled pair.
+    """
+
+    def __init__(self, names: set[str], serve: Sequence[str] = SERVE) -> None:
+        self._names, self._serve = names, serve
         self._stack = ExitStack()
         self._ports: dict[str, int] = {}
         self._watchers: dict[str, Watcher] = {}
@@ -159,7 +166,7 @@ class Servers:
         self._stack.close()
 
     def _start(self) -> None:
-        pair = self._spawn("pair", [*pair_command(), "--port", "0"]) if "pair" in self._names else None
+        pair = self._spawn("pair", [*self._serve, *PAIR_FLAGS]) if "pair" in self._names else None
         if shared := [name for name in SHARED if name in self._names]:
             self._ports |= json.loads(self._spawn_echo("shared", *shared).line())
         if "scripted" in self._names:
@@ -169,8 +176,9 @@ class Servers:
             self._ports[name] = self._stack.enter_context(silent_port(listens))
         if pair is not None:
             self._ports["pair"] = int(pair.line(lambda line: line.startswith("listening")).rpartition(":")[2])
-            Watcher(self._ports["pair"]).wait(lambda load: load.accepts_work, "ready", START_S)
         self._watchers = {name: Watcher(self._ports[name]) for name in OBSERVED if name in self._ports}
+        if pair is not None:
+            self._watchers["pair"].wait(lambda load: load.accepts_work, "ready", START_S)
 
     def _spawn(self, name: str, command: list[str]) -> Process:
         process = Process(command, self.folder / f"{name}.log")
@@ -267,11 +275,6 @@ def silent_port(listens: bool) -> Iterator[int]:
         if listens:
             held.listen(128)
         yield held.getsockname()[1]
-
-
-def pair_command() -> list[str]:
-    """`lda-service serve` of this environment."""
-    return [str(Path(sys.executable).with_name("lda-service")), "serve", "--drain-grace", "1"]
 
 
 def prepare_access(folder: Path) -> None:
