@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,13 +52,30 @@ SHAPES = ((2, 4, 16), (2, 48, 16), (8, 4, 64), (8, 48, 48), (32, 4, 128), (32, 4
 ASSUMED_TOKENS_PER_S = {"1B on an L4": 3182.0, "8B on an H100": 6236.0}
 
 
+@dataclass
+class Mesh:
+    """An Envoy before servers.
+
+    Attributes:
+        envoy: the `Front` of the tests' harness.
+        target: what a survey is given.
+        calls: as Envoy logged them; empty until it has stopped.
+    """
+
+    envoy: Any
+    target: str
+    calls: list[Any] = field(default_factory=list)
+
+
 @asynccontextmanager
-async def balanced(servers: Sequence[Any]) -> AsyncIterator[tuple[Any, str]]:
-    """An Envoy before these servers, and the target that a survey is given."""
+async def balanced(servers: Sequence[Any]) -> AsyncIterator[Mesh]:
+    """An Envoy before these servers."""
     with TemporaryDirectory() as folder:
         async with front("envoy-affinity.yaml", [each.port for each in servers], Path(folder)) as envoy:
             await envoy.all_healthy()
-            yield envoy, f"{len(servers)}@127.0.0.1:{envoy.port}"
+            mesh = Mesh(envoy, f"{len(servers)}@127.0.0.1:{envoy.port}")
+            yield mesh
+        mesh.calls += logged(envoy)
 
 
 async def drawn(
@@ -116,11 +133,11 @@ async def _survey(per_cell: int, replicas: int, restart: bool) -> None:
         async with running([Served() for _ in range(replicas)]) as servers:
             alone = await drawn(folder / "one", servers[0].address, settings)
             tell("one server", alone)
-            async with balanced(servers) as (envoy, target):
+            async with balanced(servers) as mesh:
                 third = Milestone(total // 3)
-                together = asyncio.create_task(drawn(folder / "several", target, settings, reporter=third))
+                together = asyncio.create_task(drawn(folder / "several", mesh.target, settings, reporter=third))
                 await third.reached.wait()
-                victim = await busiest(envoy, servers)
+                victim = await busiest(mesh.envoy, servers)
                 await victim.kill()
                 click.echo(f"killed the server on port {victim.port} after {total // 3:,} rollouts")
                 if restart:
@@ -128,7 +145,7 @@ async def _survey(per_cell: int, replicas: int, restart: bool) -> None:
                     click.echo("it is back")
                 outcome = await together
                 tell(f"{replicas} servers", outcome)
-        tell_calls(list(logged(envoy)), victim.port, -(-per_cell // settings.chunk_size) * CELLS)
+        tell_calls(mesh.calls, victim.port, -(-per_cell // settings.chunk_size) * CELLS)
     equal = digest(outcome) == digest(alone)
     click.echo("the files are equal" if equal else "THE FILES DIFFER")
     sys.exit(not equal)
@@ -156,18 +173,18 @@ def tell(what: str, outcome: Outcome) -> None:
 
 def tell_calls(calls: list[Any], victim: int, chunks: int) -> None:
     """Which server had which calls. Raises ClickException if any other server's stream was cut."""
-    calls = [each for each in calls if not each.is_left]
-    cut = [each for each in calls if each.grpc_status != "OK"]
+    cut = [each for each in calls if each.is_cut]
     by_server: dict[str, Counter[int]] = defaultdict(Counter)
     for each in calls:
         by_server[each.prompt][each.port] += 1
     at_home = sum(max(ports.values()) for ports in by_server.values()) / len(calls)
     servers = statistics.mean(map(len, by_server.values()))
     click.echo(
-        f"{len(calls)} calls for {chunks} chunks: {dict(Counter(each.port for each in calls))} by port, {len(cut)} "
-        f"cut; of a prompt's calls {at_home:.0%} on one server, on {servers:.1f} in all"
+        f"{len(calls)} calls for {chunks} chunks and {len(PROMPTS)} prompts: "
+        f"{dict(Counter(each.port for each in calls))} by port, {len(cut)} cut; of a prompt's calls {at_home:.0%} on "
+        f"one server, on {servers:.1f} in all"
     )
-    if {each.port for each in cut} - {victim} or len(calls) - len(cut) != chunks:
+    if {each.port for each in cut} - {victim} or len(calls) - len(cut) != chunks + len(PROMPTS):
         raise click.ClickException("a stream of another server was cut, or a chunk was drawn twice")
 
 
@@ -193,8 +210,8 @@ async def _scaling(repetitions: int, pair_name: str, cores: list[int]) -> None:
     rates: dict[int, list[float]] = {1: [], 2: []}
     async with running(servers), balanced(servers[:1]) as first, balanced(servers) as second:
         for number in range(repetitions + 1):  # the first warms up
-            for count, (envoy, target) in ((1, first), (2, second)):
-                figures = await _timed(envoy, target, replace(settings, seed=number), prompts)
+            for count, mesh in ((1, first), (2, second)):
+                figures = await _timed(mesh, replace(settings, seed=number), prompts)
                 click.echo(f"{count} server(s): {figures}")
                 if number:
                     rates[count].append(figures.tokens_per_s)
@@ -243,12 +260,10 @@ class Timed:
         )
 
 
-async def _timed(
-    envoy: Any, target: str, settings: SurveySettings, prompts: Sequence[Prompt] = PROMPTS, **options: Any
-) -> Timed:
+async def _timed(mesh: Mesh, settings: SurveySettings, prompts: Sequence[Prompt] = PROMPTS, **options: Any) -> Timed:
     with TemporaryDirectory() as folder:
-        client, proxy, machine = time.process_time(), processor_s(envoy.pid), machine_busy_s()
-        outcome = await drawn(Path(folder) / "run", target, settings, prompts, **options)
+        client, proxy, machine = time.process_time(), processor_s(mesh.envoy.pid), machine_busy_s()
+        outcome = await drawn(Path(folder) / "run", mesh.target, settings, prompts, **options)
         chunks = settings.chunks_per_cell() * len(prompts) * len(settings.alphas)
         return Timed(
             outcome.tokens,
@@ -256,7 +271,7 @@ async def _timed(
             chunks,
             outcome.seconds,
             time.process_time() - client,
-            processor_s(envoy.pid) - proxy,
+            processor_s(mesh.envoy.pid) - proxy,
             (machine_busy_s() - machine) / outcome.seconds,
         )
 
@@ -307,11 +322,11 @@ def simulate_command() -> None:
 async def _costs() -> Costs:
     settings = SurveySettings(alphas=ALPHAS, rollouts=64, max_new_tokens=64)
     async with running([Served()]) as servers:
-        async with balanced(servers) as (envoy, target):
-            shapes = [await _timed(envoy, target, _shape(settings, shape)) for shape in SHAPES]
-        async with balanced(servers) as (envoy, target):
-            full = await _timed(envoy, target, settings, pace=Pace(at_once=ROWS // settings.chunk_size))
-        service_s = tuple(each.duration_ms / 1e3 for each in logged(envoy) if not each.is_left)
+        async with balanced(servers) as mesh:
+            shapes = [await _timed(mesh, _shape(settings, shape)) for shape in SHAPES]
+        async with balanced(servers) as mesh:
+            full = await _timed(mesh, settings, pace=Pace(at_once=ROWS // settings.chunk_size))
+        service_s = tuple(call.duration_ms / 1e3 for call in mesh.calls[len(PROMPTS) :])
         journal = await _journal_bytes_per_token(servers[0].address, settings)
     return Costs(
         service_s,

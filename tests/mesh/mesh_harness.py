@@ -201,9 +201,9 @@ class Logged:
     prompt: str
 
     @property
-    def is_left(self):
-        """Whether the caller left; a survey leaves once it knows that a prompt is admitted."""
-        return "DC" in self.flags or "DR" in self.flags
+    def is_cut(self):
+        """Whether it ended otherwise than by its end, or by its caller: a survey leaves once a prompt is admitted."""
+        return self.grpc_status != "OK" and not {"DC", "DR"} & set(self.flags.split(","))
 
 
 LOGGED = re.compile(
