@@ -13,7 +13,7 @@ import pytest
 import yaml
 from mesh_harness import ROOT
 
-from lda_service import gateway
+from lda_service import cli, gateway
 from lda_service.config import ServerConfig
 from lda_service.envoy import descriptor_set, docs_page, http_methods
 
@@ -170,6 +170,12 @@ def flags_of_a_rank():
     verb, *flags = container_of(manifest("StatefulSet", folder=VLLM))["args"]
     assert verb == "serve"
     return dict(flag.removeprefix("--").split("=") for flag in flags)
+
+
+def test_the_command_knows_the_flags_of_a_rank():
+    """`lda-service serve` has every flag that the manifest gives it."""
+    known = {option for parameter in cli.main.commands["serve"].params for option in parameter.opts}
+    assert {f"--{name}" for name in flags_of_a_rank()} <= known
 
 
 def test_ranks_and_gpus_add_up():
