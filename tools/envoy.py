@@ -3,6 +3,7 @@
     python tools/envoy.py                     write deploy/envoy/*.yaml
     python tools/envoy.py --check             exit 1 if what is committed differs
     python tools/envoy.py --descriptors FILE  write the descriptor set that they refer to
+    python tools/envoy.py --into FOLDER HOST:PORT ...  write one with affinity before these servers, and what it reads
 
 They come from the same generator as the configuration of `lda-service gateway`.
 """
@@ -69,6 +70,18 @@ def files() -> dict[str, str]:
     }
 
 
+def write_before(servers: list[str], folder: Path) -> None:
+    """Write `envoy.yaml` with prompt affinity before servers that no single name stands for, and `lda.pb` beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptors = (folder / "lda.pb").resolve()
+    descriptors.write_bytes(descriptor_set())
+    config = bootstrap(fronts()["envoy-affinity.yaml"], tcp("127.0.0.1", 9901), str(descriptors))
+    addresses = [server.rpartition(":") for server in servers]
+    endpoints = [{"endpoint": {"address": tcp(host, int(port))}} for host, _, port in addresses]
+    config["static_resources"]["clusters"][0]["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
+    (folder / "envoy.yaml").write_text(_yaml(config))
+
+
 class _Dumper(yaml.SafeDumper):
     """Repeats what occurs twice instead of referring to it; scripts and pages are blocks."""
 
@@ -92,7 +105,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 if a committed file is stale")
     parser.add_argument("--descriptors", type=Path, metavar="FILE", help="write the descriptor set there instead")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="write a configuration before SERVERS there")
+    parser.add_argument("servers", nargs="*", metavar="HOST:PORT", help="of each server, with --into")
     options = parser.parse_args()
+    if bool(options.into) != bool(options.servers):
+        parser.error("--into and servers go together")
+    if options.into:
+        write_before(options.servers, options.into)
+        return 0
     if options.descriptors:
         options.descriptors.write_bytes(descriptor_set())
         return 0

@@ -48,6 +48,16 @@ def test_envoy_accepts_its_configuration(path, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_configuration_before_named_servers(tmp_path):
+    """`tools/envoy.py --into` writes all that an Envoy before these servers reads."""
+    servers = ["127.0.0.1:50051", "127.0.0.1:50052"]
+    subprocess.run([sys.executable, ROOT / "tools/envoy.py", "--into", tmp_path, *servers], check=True)
+    command = [gateway.envoy_binary(), "--mode", "validate", "--log-level", "warn", "-c", tmp_path / "envoy.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(server.partition(":")[2] in (tmp_path / "envoy.yaml").read_text() for server in servers)
+
+
 def test_envoy_files_are_fresh():
     """What is committed is what the generator writes."""
     done = subprocess.run([sys.executable, ROOT / "tools/envoy.py", "--check"], capture_output=True, text=True)
