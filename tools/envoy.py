@@ -10,6 +10,7 @@ They come from the same generator as the configuration of `lda-service gateway`.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -71,11 +72,12 @@ def files() -> dict[str, str]:
 
 
 def write_before(servers: list[str], folder: Path) -> None:
-    """Write `envoy.yaml` with prompt affinity before servers that no single name stands for, and `lda.pb` beside it."""
+    """Write `envoy.yaml`, on loopback and with affinity, before servers without a common name; and `lda.pb` beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptors = (folder / "lda.pb").resolve()
     descriptors.write_bytes(descriptor_set())
-    config = bootstrap(fronts()["envoy-affinity.yaml"], tcp("127.0.0.1", 9901), str(descriptors))
+    front = replace(fronts()["envoy-affinity.yaml"], address="127.0.0.1")
+    config = bootstrap(front, tcp("127.0.0.1", 9901), str(descriptors))
     addresses = [server.rpartition(":") for server in servers]
     endpoints = [{"endpoint": {"address": tcp(host, int(port))}} for host, _, port in addresses]
     config["static_resources"]["clusters"][0]["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
