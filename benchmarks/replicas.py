@@ -47,7 +47,7 @@ ALPHAS = (0.0, 0.5)
 CELLS = len(PROMPTS) * len(ALPHAS)
 ROWS = 64  # of a server, as it comes
 # Shapes of surveys that tell what a call, a sequence and a token cost: chunk size, new tokens, rollouts of a cell.
-SHAPES = ((2, 4, 16), (2, 48, 16), (8, 4, 64), (8, 48, 48), (32, 4, 128), (32, 48, 64))
+SHAPES = ((2, 4, 16), (2, 48, 8), (8, 4, 32), (8, 48, 24), (32, 4, 64), (32, 48, 32))
 # Limits of docs/sizing.md for 64 rows; not measured.
 ASSUMED_TOKENS_PER_S = {"1B on an L4": 3182.0, "8B on an H100": 6236.0}
 
@@ -320,7 +320,7 @@ def simulate_command() -> None:
 
 
 async def _costs() -> Costs:
-    settings = SurveySettings(alphas=ALPHAS, rollouts=64, max_new_tokens=64)
+    settings = SurveySettings(alphas=ALPHAS, rollouts=32, max_new_tokens=64)
     async with running([Served()]) as servers:
         async with balanced(servers) as mesh:
             shapes = [await _timed(mesh, _shape(settings, shape)) for shape in SHAPES]

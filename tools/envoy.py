@@ -72,7 +72,7 @@ def files() -> dict[str, str]:
 
 
 def write_before(servers: list[str], folder: Path) -> None:
-    """Write `envoy.yaml`, on loopback and with affinity, before servers without a common name; and `lda.pb` beside it."""
+    """Write `envoy.yaml`, on loopback and with affinity, before servers without a common name, and `lda.pb`."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptors = (folder / "lda.pb").resolve()
     descriptors.write_bytes(descriptor_set())
