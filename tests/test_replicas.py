@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import polars
 import pytest
 from lab_harness import PROMPTS, WAIT_S, answer, quick
 from lda_client import AsyncLdaClient, LdaClient
@@ -79,6 +80,16 @@ def test_a_survey_is_resumed_at_as_many_replicas(tmp_path):
         run_survey(tmp_path, PROMPTS, quick(), [target], pace=Pace(budget_tokens=1))
         run = resume_survey(tmp_path).run
     assert [session["endpoints"][0]["target"] for session in run.manifest.sessions] == [target, target]
+
+
+def test_clients_may_share_a_survey_by_its_prompts(tmp_path):
+    """Two surveys, each of half of the prompts, draw the rows of the whole one."""
+    with FakeServer(answer) as server:
+        halves = [
+            run_survey(tmp_path / prompt.id, [prompt], quick(), [server.target]).run.rollouts() for prompt in PROMPTS
+        ]
+        whole = run_survey(tmp_path / "whole", PROMPTS, quick(), [server.target]).run.rollouts()
+    assert polars.concat(halves).equals(whole)
 
 
 @pytest.mark.parametrize("target", ["0@localhost:1", "3@"])
