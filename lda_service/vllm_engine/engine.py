@@ -160,7 +160,7 @@ class VllmEngine:
         """One step of vLLM. Returns what happened, in order."""
         self._end_expired()
         self._give_rows()
-        self._advance(self._core.step())
+        self._advance(self._step_core())
         events, self._events = self._events, []
         return events
 
@@ -222,6 +222,17 @@ class VllmEngine:
             rollout = job.running[sequence_id] = job.waiting.popleft()
             draw = DrawAsk(rollout.spec, len(request.prompt_ids))
             self._core.add(sequence_id, request.prompt_ids, draw, rollout.longest)
+
+    def _step_core(self) -> Step:
+        """Let vLLM run. A group in which that fails is over: a rank died, or the ranks no longer agree."""
+        try:
+            return self._core.step()
+        except Exception:
+            if not self._core.rank_sentinels:
+                raise
+            logger.exception("a step failed on a rank")
+            group.end("vLLM's ranks failed")
+            raise
 
     # Advance --------------------------------------------------------------------------------------------------------
 

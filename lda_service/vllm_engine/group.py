@@ -163,10 +163,15 @@ def _receive(connection: socket.socket) -> str | None:
     return line.decode().strip()
 
 
+def end(what: str) -> None:
+    """End this process at once, and with it its share of the group."""
+    logger.error("%s; this process ends, and a fresh one is started", what)
+    os._exit(1)
+
+
 def _end_after(what: str, happens: Any) -> None:
     def follow_it() -> None:
         happens()
-        logger.error("%s; this process ends, and a fresh one is started", what)
-        os._exit(1)
+        end(what)
 
     threading.Thread(target=follow_it, name="follow-group", daemon=True).start()

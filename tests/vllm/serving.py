@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SCRIPT = Path(sys.executable).parent / "lda-service"
 SERVICE = "lda.v1.LdaService"
-START_S, STOP_S = 240.0, 30.0
+START_S, STOP_S = 480.0, 60.0
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
