@@ -455,6 +455,12 @@ class TestBorder:
         assert extra.info.compatibility.after_only_ids == (260,)
 
 
+def test_a_queue_of_one_is_enough_to_start(folders):
+    """An engine that lets one request wait warms up like any other."""
+    loaded = load_pair(PairConfig(str(folders / "after"), str(folders / "before"), device="cpu"))
+    Engine(loaded, EngineConfig(max_queued_requests=1)).warm_up()
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_heads_answer_in_float32(tmp_path, native):
     """At alpha 20 the output layers' precision costs at most 0.02 nat RMS in the combined logits."""

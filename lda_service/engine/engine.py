@@ -226,10 +226,11 @@ class Engine:
         prompt = self.pair.shared_ids[: min(8, self.context_tokens - 4)]
         stopping = Stopping(max_new_tokens=3, ignore_eos=True)
         branches = (Branch(Role.AMPLIFIED, 1.0), Branch(Role.AFTER, 0.0), Branch(Role.BEFORE, -1.0))
-        self.submit(GenerationRequest("warm-up", prompt, branches, 1, Sampling(), stopping))
-        self.submit(ScoreRequest("warm-up-score", prompt[:1], prompt[1:]))
-        while self.has_work:
-            self.step()
+        generation = GenerationRequest("warm-up", prompt, branches, 1, Sampling(), stopping)
+        for request in (generation, ScoreRequest("warm-up-score", prompt[:1], prompt[1:])):
+            self.submit(request)  # one by one: the queue may be as short as that
+            while self.has_work:
+                self.step()
 
     def check_integrity(self) -> None:
         """Pages, rows and caches add up; an idle engine holds nothing."""

@@ -177,10 +177,11 @@ class VllmEngine:
         prompt = self._facts.shared_ids[: min(8, self._facts.info.context_tokens - 4)]
         branches = (Branch(Role.AMPLIFIED, 1.0), Branch(Role.AFTER, 0.0), Branch(Role.BEFORE, -1.0))
         stopping = Stopping(max_new_tokens=3, ignore_eos=True)
-        self.submit(GenerationRequest("warm-up", prompt, branches, 1, Sampling(), stopping))
-        self.submit(ScoreRequest("warm-up-score", prompt[:1], prompt[1:]))
-        while self.has_work:
-            self.step()
+        generation = GenerationRequest("warm-up", prompt, branches, 1, Sampling(), stopping)
+        for request in (generation, ScoreRequest("warm-up-score", prompt[:1], prompt[1:])):
+            self.submit(request)  # one by one: the queue may be as short as that
+            while self.has_work:
+                self.step()
 
     # Schedule -------------------------------------------------------------------------------------------------------
 
@@ -232,7 +233,6 @@ class VllmEngine:
                 raise
             logger.exception("a step failed on a rank")
             group.end("vLLM's ranks failed")
-            raise
 
     # Advance --------------------------------------------------------------------------------------------------------
 

@@ -50,4 +50,13 @@ def explained() -> Iterator[None]:
         raise
     except Exception as error:  # what it raises is its own to choose
         logger.exception("vLLM could not start")
-        raise ModelUnsupported(f"vLLM cannot run this pair with these settings: {error}") from error
+        raise ModelUnsupported(f"vLLM cannot run this pair with these settings: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What vLLM has to say, without the page that pydantic writes around it."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+    return str(error)
