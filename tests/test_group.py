@@ -99,8 +99,8 @@ def test_survives_garbage(machine):
     for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\xff\xfe\n", b'{"node_rank": "x"}\n', b'{"node_rank": 7}\n', b""):
         connection = connect(port + 1)
         connection.sendall(garbage)
-        connection.shutdown(socket.SHUT_WR)
-        with suppress(ConnectionResetError):
+        with suppress(OSError):  # it may be dropped by now
+            connection.shutdown(socket.SHUT_WR)
             while connection.recv(1024):
                 pass
         connection.close()

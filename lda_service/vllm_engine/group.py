@@ -17,7 +17,7 @@ import threading
 import time
 from dataclasses import replace
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lda_service.errors import ConfigError, StartupError
 
@@ -163,7 +163,7 @@ def _receive(connection: socket.socket) -> str | None:
     return line.decode().strip()
 
 
-def end(what: str) -> None:
+def end(what: str) -> NoReturn:
     """End this process at once, and with it its share of the group."""
     logger.error("%s; this process ends, and a fresh one is started", what)
     os._exit(1)
