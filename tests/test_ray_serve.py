@@ -1,7 +1,7 @@
 """The service as a Ray Serve application: the real client, and two replicas with the bundled pair.
 
-The cluster takes about 20 s to start. Needs Ray, whose dependencies are not
-those of the rest: `make test-ray` has an environment for it.
+The cluster takes about 20 s to start. Needs Ray, whose dependencies are not those of the rest: `make test-ray` has an
+environment for it.
 """
 
 import asyncio
@@ -10,11 +10,11 @@ import signal
 import sys
 import time
 
-import psutil
 import pytest
 
 pytest.importorskip("ray.serve", reason="Ray is not installed: pip install -c constraints-ray.txt 'ray[serve]'")
 
+import psutil
 from lab_harness import ROOT, WAIT_S, quick, real_server, undisturbed
 from lda_client import (
     Aborted,
@@ -30,14 +30,27 @@ from lda_client import (
 from lda_client.lab import Prompt, run_survey
 from lda_client.lab._progress import Quiet
 
+from lda_service.errors import ConfigError
 from lda_service.pairs import demo
 from lda_service.rpc.health import check
 
 sys.path.append(str(ROOT / "deploy" / "ray"))
 from cluster import serving
+from lda_ray import HAPROXY, make_server
 
 FREED_S = 1.0
 LONG = {"alpha": 1.0, "num_sequences": 4, "max_new_tokens": 450, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    ("ingress", "flags", "remedy"),
+    [("0", "", "set RAY_SERVE_ENABLE_HA_PROXY=1"), ("1", "--tls-cert a.pem --tls-key a.key", "leave out TLS_CERT")],
+)
+def test_what_cannot_be_served_is_refused(monkeypatch, ingress, flags, remedy):
+    """Neither behind Serve's proxy in Python nor with TLS that nobody in Serve speaks."""
+    monkeypatch.setenv(HAPROXY, ingress)
+    with pytest.raises(ConfigError, match=remedy):
+        make_server(flags)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import psutil
+import psutil  # type: ignore[import-untyped]
 import yaml
 from lda_client.gen.lda.v1 import lda_service_pb2 as pb
 from lda_client.gen.lda.v1 import lda_service_pb2_grpc
@@ -70,7 +70,7 @@ class Cluster:
                     raise TimeoutError(f"{len(found)} of {self.size} replicas answer at {self.target}.")
                 try:
                     load, call = stub.GetLoad.with_call(pb.GetLoadRequest(), timeout=CALL_S)
-                    found[dict(call.trailing_metadata())[REPLICA_KEY]] = load
+                    found[str(dict(call.trailing_metadata())[REPLICA_KEY])] = load
                 except grpc.RpcError:
                     found.clear()
                     time.sleep(0.05)

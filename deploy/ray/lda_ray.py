@@ -66,11 +66,12 @@ class Replica:
 
     async def __init__(self, make_server: Callable[[], LdaServer]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._id = serve.get_replica_context().replica_id.unique_id
-        server = make_server()
-        port = await server.start()
-        await server.ready()
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", CHANNEL_OPTIONS)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._server = make_server()
+        port = await self._server.start()
+        await self._server.ready()
+        # The stubs know neither messages as bytes nor the health service.
+        self._channel: Any = grpc.aio.insecure_channel(f"127.0.0.1:{port}", CHANNEL_OPTIONS)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._watching = asyncio.create_task(self._end_with_worker())
 
     async def check_health(self) -> None:
@@ -82,7 +83,7 @@ class Replica:
 
     async def stream(self, path: str, request: bytes, context: RayServegRPCContext) -> AsyncIterator[Raw]:
         """Pass on a call with many answers."""
-        call: Any = self._channel.unary_stream(path, None, Raw)(request, metadata=_metadata(context))
+        call = self._channel.unary_stream(path, None, Raw)(request, metadata=_metadata(context))
         try:
             self._name(context, await call.initial_metadata())
             async for message in call:
@@ -94,10 +95,11 @@ class Replica:
 
     async def unary(self, path: str, request: bytes, context: RayServegRPCContext) -> Raw:
         """Pass on a call with one answer."""
-        call: Any = self._channel.unary_unary(path, None, Raw)(request, metadata=_metadata(context))
+        call = self._channel.unary_unary(path, None, Raw)(request, metadata=_metadata(context))
         try:
             self._name(context, await call.initial_metadata())
-            return await call
+            message: Raw = await call
+            return message
         except grpc.aio.AioRpcError as error:
             self._fail(context, error)
             return Raw()
@@ -154,7 +156,7 @@ Lda = serve.deployment(name="Lda", max_ongoing_requests=1024, health_check_perio
 def add_to_server(servicer: Any, server: Any) -> None:
     """For `grpc_servicer_functions`: the methods, without any reading of messages."""
     for service in SERVICES:
-        handlers = {
+        handlers: dict[str, Any] = {
             rpc.name: (
                 grpc.unary_stream_rpc_method_handler if rpc.server_streaming else grpc.unary_unary_rpc_method_handler
             )(getattr(servicer, rpc.name))
