@@ -94,6 +94,12 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def tree_s(pid: int) -> float:
+    """Processor time of a server so far: its process and its worker's."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return sum(map(processor_s, (pid, *(int(child) for each in lists for child in each.read_text().split()))))
+
+
 @click.group()
 def main() -> None:
     """Several servers behind Envoy, measured and extrapolated."""
@@ -146,7 +152,7 @@ async def _survey(per_cell: int, replicas: int, restart: bool) -> None:
                 outcome = await together
                 tell(f"{replicas} servers", outcome)
         tell_calls(mesh.calls, victim.port, -(-per_cell // settings.chunk_size) * CELLS)
-    equal = digest(outcome) == digest(alone)
+        equal = digest(outcome) == digest(alone)
     click.echo("the files are equal" if equal else "THE FILES DIFFER")
     sys.exit(not equal)
 
@@ -211,7 +217,7 @@ async def _scaling(repetitions: int, pair_name: str, cores: list[int]) -> None:
     async with running(servers), balanced(servers[:1]) as first, balanced(servers) as second:
         for number in range(repetitions + 1):  # the first warms up
             for count, mesh in ((1, first), (2, second)):
-                figures = await _timed(mesh, replace(settings, seed=number), prompts)
+                figures = await _timed(mesh, servers, replace(settings, seed=number), prompts)
                 click.echo(f"{count} server(s): {figures}")
                 if number:
                     rates[count].append(figures.tokens_per_s)
@@ -238,12 +244,13 @@ def _load(pair_name: str) -> tuple[tuple[str, ...], tuple[Prompt, ...], SurveySe
 
 @dataclass(frozen=True)
 class Timed:
-    """A survey with the processor time that it took, in seconds, and how many cores all else on the machine used."""
+    """A survey with the processor time that it took, in seconds, and how many cores the machine used meanwhile."""
 
     tokens: int
     sequences: int
     calls: int
     seconds: float
+    servers_s: float
     client_s: float
     envoy_s: float
     busy_cores: float
@@ -255,13 +262,18 @@ class Timed:
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_s:,.1f} tokens/s in {self.seconds:.1f} s; client {self.client_s / self.seconds:.2f} and "
-            f"Envoy {self.envoy_s / self.seconds:.2f} cores, the machine {self.busy_cores:.2f}"
+            f"{self.tokens_per_s:,.1f} tokens/s in {self.seconds:.1f} s, {self.tokens / self.servers_s:,.1f} for a "
+            f"processor second of servers; cores: client {self.client_s / self.seconds:.2f}, Envoy "
+            f"{self.envoy_s / self.seconds:.2f}, servers {self.servers_s / self.seconds:.2f}, the machine "
+            f"{self.busy_cores:.2f}"
         )
 
 
-async def _timed(mesh: Mesh, settings: SurveySettings, prompts: Sequence[Prompt] = PROMPTS, **options: Any) -> Timed:
+async def _timed(
+    mesh: Mesh, servers: Sequence[Any], settings: SurveySettings, prompts: Sequence[Prompt] = PROMPTS, **options: Any
+) -> Timed:
     with TemporaryDirectory() as folder:
+        serving = sum(tree_s(each.process.pid) for each in servers)
         client, proxy, machine = time.process_time(), processor_s(mesh.envoy.pid), machine_busy_s()
         outcome = await drawn(Path(folder) / "run", mesh.target, settings, prompts, **options)
         chunks = settings.chunks_per_cell() * len(prompts) * len(settings.alphas)
@@ -270,6 +282,7 @@ async def _timed(mesh: Mesh, settings: SurveySettings, prompts: Sequence[Prompt]
             outcome.drawn,
             chunks,
             outcome.seconds,
+            sum(tree_s(each.process.pid) for each in servers) - serving,
             time.process_time() - client,
             processor_s(mesh.envoy.pid) - proxy,
             (machine_busy_s() - machine) / outcome.seconds,
@@ -284,9 +297,10 @@ class Costs:
     """What was measured for the simulation.
 
     Attributes:
-        service_s: of calls of 16 sequences on a server all of whose rows are in use, in seconds.
+        service_s: of calls of 16 sequences on a server all of whose rows are in use, in seconds; as they were, times the
+            cores that the server got: as they would be on a core of its own.
         tokens_per_call: new tokens of such a call.
-        tokens_per_s: of that server.
+        tokens_per_s: of that server, likewise.
         client: processor time of the client for a call, a sequence and a token, in seconds.
         envoy: likewise of Envoy.
         journal_bytes_per_token: that a survey writes.
@@ -323,15 +337,16 @@ async def _costs() -> Costs:
     settings = SurveySettings(alphas=ALPHAS, rollouts=32, max_new_tokens=64)
     async with running([Served()]) as servers:
         async with balanced(servers) as mesh:
-            shapes = [await _timed(mesh, _shape(settings, shape)) for shape in SHAPES]
+            shapes = [await _timed(mesh, servers, _shape(settings, shape)) for shape in SHAPES]
         async with balanced(servers) as mesh:
-            full = await _timed(mesh, settings, pace=Pace(at_once=ROWS // settings.chunk_size))
-        service_s = tuple(call.duration_ms / 1e3 for call in mesh.calls[len(PROMPTS) :])
+            full = await _timed(mesh, servers, settings, pace=Pace(at_once=ROWS // settings.chunk_size))
+        cores = full.servers_s / full.seconds
+        service_s = tuple(cores * call.duration_ms / 1e3 for call in mesh.calls[len(PROMPTS) :])
         journal = await _journal_bytes_per_token(servers[0].address, settings)
     return Costs(
         service_s,
         full.tokens / full.calls,
-        full.tokens_per_s,
+        full.tokens / full.servers_s,
         fitted(shapes, [each.client_s for each in shapes]),
         fitted(shapes, [each.envoy_s for each in shapes]),
         journal,
