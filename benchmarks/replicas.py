@@ -78,11 +78,9 @@ async def balanced(servers: Sequence[Any]) -> AsyncIterator[Mesh]:
         mesh.calls += logged(envoy)
 
 
-async def drawn(
-    folder: Path, target: str, settings: SurveySettings, prompts: Sequence[Prompt] = PROMPTS, **options: Any
-) -> Outcome:
+async def drawn(folder: Path, target: str, settings: SurveySettings, **options: Any) -> Outcome:
     """A survey, complete."""
-    outcome = await run_survey_async(folder, prompts, settings, [target], **options)
+    outcome = await run_survey_async(folder, PROMPTS, settings, [target], **options)
     if outcome.missing:
         raise click.ClickException(f"{outcome.missing} rollouts are missing.")
     return outcome
@@ -199,47 +197,27 @@ def tell_calls(calls: list[Any], victim: int, chunks: int) -> None:
 
 @main.command()
 @click.option("--repetitions", default=3, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--pair", "pair_name", default="bench-190m", show_default=True, type=click.Choice(["bench-190m", "bundled"])
-)
-def scaling(repetitions: int, pair_name: str) -> None:
+def scaling(repetitions: int) -> None:
     """Measure one server against two, each with a core of its own; client and Envoy share the cores with them."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise click.ClickException("this takes two cores")
-    asyncio.run(_scaling(repetitions, pair_name, cores))
+    asyncio.run(_scaling(repetitions, cores))
 
 
-async def _scaling(repetitions: int, pair_name: str, cores: list[int]) -> None:
-    flags, prompts, settings = _load(pair_name)
-    servers = [Served(flags=flags, prefix=("taskset", "-c", str(core))) for core in cores]
+async def _scaling(repetitions: int, cores: list[int]) -> None:
+    settings = SurveySettings(alphas=ALPHAS, rollouts=32, max_new_tokens=64)
+    servers = [Served(prefix=("taskset", "-c", str(core))) for core in cores]
     rates: dict[int, list[float]] = {1: [], 2: []}
     async with running(servers), balanced(servers[:1]) as first, balanced(servers) as second:
         for number in range(repetitions + 1):  # the first warms up
             for count, mesh in ((1, first), (2, second)):
-                figures = await _timed(mesh, servers, replace(settings, seed=number), prompts)
+                figures = await _timed(mesh, servers, replace(settings, seed=number))
                 click.echo(f"{count} server(s): {figures}")
                 if number:
                     rates[count].append(figures.tokens_per_s)
     one, two = (statistics.median(rates[count]) for count in (1, 2))
     click.echo(f"median of {repetitions}: {one:,.1f} tokens/s with one, {two:,.1f} with two: {two / one:.2f} times")
-
-
-def _load(pair_name: str) -> tuple[tuple[str, ...], tuple[Prompt, ...], SurveySettings]:
-    """Flags of the server, prompts and settings: about half a minute of work for one core."""
-    if pair_name == "bundled":
-        settings = SurveySettings(alphas=ALPHAS, rollouts=64, max_new_tokens=64, slopes=False)
-        return ("--deterministic",), PROMPTS, settings
-    from benchmarks.models import ensure_pair
-    from benchmarks.workloads import PAIRS
-
-    paths = ensure_pair(PAIRS[pair_name], ROOT / ".bench" / "models")
-    flags = [text for role, path in paths.items() for text in (f"--model-{role}-id", str(path))]
-    prompts = tuple(Prompt(f"p{n}", " ".join(f"w{31 * n + k + 2}" for k in range(16))) for n in range(20))
-    settings = SurveySettings(
-        alphas=(1.0,), rollouts=16, chunk_size=16, max_new_tokens=16, raw=True, ignore_eos=True, estimate=False
-    )
-    return tuple(flags), prompts, settings
 
 
 @dataclass(frozen=True)
@@ -269,14 +247,12 @@ class Timed:
         )
 
 
-async def _timed(
-    mesh: Mesh, servers: Sequence[Any], settings: SurveySettings, prompts: Sequence[Prompt] = PROMPTS, **options: Any
-) -> Timed:
+async def _timed(mesh: Mesh, servers: Sequence[Any], settings: SurveySettings, **options: Any) -> Timed:
     with TemporaryDirectory() as folder:
         serving = sum(tree_s(each.process.pid) for each in servers)
         client, proxy, machine = time.process_time(), processor_s(mesh.envoy.pid), machine_busy_s()
-        outcome = await drawn(Path(folder) / "run", mesh.target, settings, prompts, **options)
-        chunks = settings.chunks_per_cell() * len(prompts) * len(settings.alphas)
+        outcome = await drawn(Path(folder) / "run", mesh.target, settings, **options)
+        chunks = settings.chunks_per_cell() * CELLS
         return Timed(
             outcome.tokens,
             outcome.drawn,
@@ -297,8 +273,8 @@ class Costs:
     """What was measured for the simulation.
 
     Attributes:
-        service_s: of calls of 16 sequences on a server all of whose rows are in use, in seconds; as they were, times the
-            cores that the server got: as they would be on a core of its own.
+        service_s: of calls of 16 sequences on a server all of whose rows are in use: seconds, times the cores that the
+            server got, so as on a core of its own.
         tokens_per_call: new tokens of such a call.
         tokens_per_s: of that server, likewise.
         client: processor time of the client for a call, a sequence and a token, in seconds.
