@@ -35,7 +35,7 @@ from lda_service.pairs import demo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests/mesh")]
 
-from mesh_harness import Served, front, logged, running  # type: ignore[import-not-found]  # noqa: E402
+from mesh_harness import Replica, Served, front, logged, running  # type: ignore[import-not-found]  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -47,7 +47,8 @@ ALPHAS = (0.0, 0.5)
 CELLS = len(PROMPTS) * len(ALPHAS)
 ROWS = 64  # of a server, as it comes
 # Shapes of surveys that tell what a call, a sequence and a token cost: chunk size, new tokens, rollouts of a cell.
-SHAPES = ((2, 4, 16), (2, 48, 8), (8, 4, 32), (8, 48, 24), (32, 4, 64), (32, 48, 32))
+SHAPES = ((4, 16, 16), (4, 128, 8), (16, 16, 32), (16, 256, 16), (64, 64, 64))
+LONG_CALL_TOKENS = 16 * 512.0
 # Limits of docs/sizing.md for 64 rows; not measured.
 ASSUMED_TOKENS_PER_S = {"1B on an L4": 3182.0, "8B on an H100": 6236.0}
 
@@ -122,19 +123,19 @@ class Milestone(Quiet):
 
 @main.command()
 @click.option("--rollouts", default=10_000, show_default=True, help="Of the whole survey; rounded up to full cells.")
-@click.option("--replicas", default=3, show_default=True, type=click.IntRange(2))
+@click.option("--servers", default=3, show_default=True, type=click.IntRange(2))
 @click.option("--restart/--no-restart", default=True, show_default=True, help="Start the killed server again.")
-def survey(rollouts: int, replicas: int, restart: bool) -> None:
+def survey(rollouts: int, servers: int, restart: bool) -> None:
     """Draw a survey on one server, then on several of which one is killed; compare the files."""
-    asyncio.run(_survey(-(-rollouts // CELLS), replicas, restart))
+    asyncio.run(_survey(-(-rollouts // CELLS), servers, restart))
 
 
-async def _survey(per_cell: int, replicas: int, restart: bool) -> None:
+async def _survey(per_cell: int, count: int, restart: bool) -> None:
     settings = SurveySettings(alphas=ALPHAS, rollouts=per_cell, max_new_tokens=64)
     total = CELLS * per_cell
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        async with running([Served() for _ in range(replicas)]) as servers:
+        async with running([Served() for _ in range(count)]) as servers:
             alone = await drawn(folder / "one", servers[0].address, settings)
             tell("one server", alone)
             async with balanced(servers) as mesh:
@@ -148,7 +149,7 @@ async def _survey(per_cell: int, replicas: int, restart: bool) -> None:
                     await victim.start()
                     click.echo("it is back")
                 outcome = await together
-                tell(f"{replicas} servers", outcome)
+                tell(f"{count} servers", outcome)
         tell_calls(mesh.calls, victim.port, -(-per_cell // settings.chunk_size) * CELLS)
         equal = digest(outcome) == digest(alone)
     click.echo("the files are equal" if equal else "THE FILES DIFFER")
@@ -291,10 +292,11 @@ class Costs:
     journal_bytes_per_token: float
     disk_bytes_per_s: float
 
-    def per_call(self, costs: tuple[float, float, float], sequences: int = 16) -> float:
-        """Processor time for a call of the measured length."""
-        call, sequence, token = costs
-        return call + sequences * sequence + self.tokens_per_call * token
+
+def per_call(costs: tuple[float, float, float], tokens: float) -> float:
+    """Processor time for a call of 16 sequences and so many tokens."""
+    call, sequence, token = costs
+    return call + 16 * sequence + tokens * token
 
 
 @main.command(name="simulate")
@@ -310,10 +312,11 @@ def simulate_command() -> None:
 
 
 async def _costs() -> Costs:
+    fakes = [Replica({"port": 0})]  # whose engine costs nothing, so that there is something to take in
+    async with running(fakes), balanced(fakes) as mesh:
+        shapes = [await _timed(mesh, fakes, _shape(*shape)) for shape in SHAPES]
     settings = SurveySettings(alphas=ALPHAS, rollouts=32, max_new_tokens=64)
     async with running([Served()]) as servers:
-        async with balanced(servers) as mesh:
-            shapes = [await _timed(mesh, servers, _shape(settings, shape)) for shape in SHAPES]
         async with balanced(servers) as mesh:
             full = await _timed(mesh, servers, settings, pace=Pace(at_once=ROWS // settings.chunk_size))
         cores = full.servers_s / full.seconds
@@ -330,9 +333,10 @@ async def _costs() -> Costs:
     )
 
 
-def _shape(settings: SurveySettings, shape: tuple[int, int, int]) -> SurveySettings:
-    chunk_size, max_new_tokens, rollouts = shape
-    return replace(settings, chunk_size=chunk_size, max_new_tokens=max_new_tokens, rollouts=rollouts)
+def _shape(chunk_size: int, max_new_tokens: int, rollouts: int) -> SurveySettings:
+    return SurveySettings(
+        alphas=ALPHAS, rollouts=rollouts, chunk_size=chunk_size, max_new_tokens=max_new_tokens, estimate=False
+    )
 
 
 def fitted(runs: Sequence[Timed], seconds: Sequence[float]) -> tuple[float, float, float]:
@@ -366,24 +370,28 @@ def tell_costs(costs: Costs) -> None:
     click.echo(f"tokens of a call: {costs.tokens_per_call:.0f}; of a server: {costs.tokens_per_s:,.0f} a second")
     for name, each in (("client", costs.client), ("Envoy", costs.envoy)):
         call, sequence, token = (1e6 * cost for cost in each)
-        rate = costs.tokens_per_call / costs.per_call(each)
+        short, long = (tokens / per_call(each, tokens) for tokens in (costs.tokens_per_call, LONG_CALL_TOKENS))
         click.echo(
-            f"{name}: {call:.0f} us a call, {sequence:.0f} us a sequence, {token:.2f} us a token: "
-            f"{rate:,.0f} tokens/s for a core"
+            f"{name}: {call:.0f} us a call, {sequence:.0f} us a sequence, {token:.2f} us a token: {short:,.0f} "
+            f"tokens/s for a core, with sequences of 512 tokens {long:,.0f}"
         )
     click.echo(
         f"journal: {costs.journal_bytes_per_token:.1f} bytes a token; disk: {costs.disk_bytes_per_s / 1e6:,.0f} MB/s"
     )
 
 
-def scenario(costs: Costs, replicas: int, rate: float | None = None, **changes: Any) -> Scenario:
-    """The measured call on so many servers; with a rate, on servers that decode so many tokens a second."""
-    slots = ROWS // 16
-    service_s = np.array(costs.service_s)
-    if rate is not None:
-        service_s *= slots * costs.tokens_per_call / rate / service_s.mean()
-    given = {"client_s_per_call": costs.per_call(costs.client), **changes}
-    return Scenario(replicas, tuple(service_s), costs.tokens_per_call, slots=slots, **given)
+def scenario(costs: Costs, replicas: int, **changes: Any) -> Scenario:
+    """The measured call on so many servers."""
+    given = {"client_s_per_call": per_call(costs.client, costs.tokens_per_call), **changes}
+    return Scenario(replicas, costs.service_s, costs.tokens_per_call, slots=ROWS // 16, **given)
+
+
+def planned(costs: Costs, replicas: int, rate: float, **changes: Any) -> Scenario:
+    """Calls of 16 times 512 tokens on servers that decode so many tokens a second."""
+    measured = scenario(costs, replicas, client_s_per_call=per_call(costs.client, LONG_CALL_TOKENS), **changes)
+    mean_s = measured.slots * LONG_CALL_TOKENS / rate
+    service_s = np.array(costs.service_s) * mean_s / np.mean(costs.service_s)
+    return replace(measured, service_s=tuple(service_s), tokens_per_call=LONG_CALL_TOKENS)
 
 
 def tell_measured_fleet(costs: Costs) -> None:
@@ -406,9 +414,9 @@ def tell_balance(costs: Costs) -> None:
     click.echo("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for replicas, prompts in ((3, 20), (10, 20), (100, 200), (1000, 200), (1000, 2000)):
         for factor in (1.05, 1.5, np.inf):
-            planned = scenario(costs, replicas, client_s_per_call=0.0, prompts=prompts, balance_factor=factor)
-            outcome = simulate(planned)
-            full = replicas * planned.slots * planned.tokens_per_call / np.mean(planned.service_s)
+            given = scenario(costs, replicas, client_s_per_call=0.0, prompts=prompts, balance_factor=factor)
+            outcome = simulate(given)
+            full = replicas * given.slots * given.tokens_per_call / np.mean(given.service_s)
             click.echo(
                 f"| {replicas:,} | {prompts:,} | {factor:g} | {outcome.steady_tokens_per_s / full:.0%} | "
                 f"{outcome.servers_per_prompt:.1f} | {np.quantile(outcome.latency_s, 0.99):.1f} s |"
@@ -417,17 +425,17 @@ def tell_balance(costs: Costs) -> None:
 
 def tell_plan(costs: Costs, name: str, rate: float, replicas: int = 1000) -> None:
     """1,000 servers of an assumed rate: with one client, and with as many as it takes."""
-    client, envoy = (costs.per_call(each) / costs.tokens_per_call for each in (costs.client, costs.envoy))
+    client, envoy = (per_call(each, LONG_CALL_TOKENS) / LONG_CALL_TOKENS for each in (costs.client, costs.envoy))
     tokens_per_s = replicas * rate
     clients = -(-tokens_per_s * client // 0.7)
     click.echo(
-        f"\n{name}, {rate:,.0f} tokens/s each (a limit, not measured), {replicas:,} servers: {tokens_per_s:,.0f} "
-        f"tokens/s take {tokens_per_s * client:.1f} cores of clients, {tokens_per_s * envoy:.1f} of Envoys, "
+        f"\n{name}, {rate:,.0f} tokens/s each (a limit, not measured), sequences of 512 tokens, {replicas:,} servers: "
+        f"{tokens_per_s:,.0f} tokens/s in {tokens_per_s / LONG_CALL_TOKENS:,.0f} calls/s take "
+        f"{tokens_per_s * client:.1f} cores of clients, {tokens_per_s * envoy:.1f} of Envoys, "
         f"{tokens_per_s * costs.journal_bytes_per_token / 1e6:,.0f} MB/s of journals"
     )
     for count in (1, int(clients)):
-        planned = scenario(costs, replicas, rate, clients=count, prompts=max(2000, 10 * count))
-        outcome = simulate(planned)
+        outcome = simulate(planned(costs, replicas, rate, clients=count, prompts=2000))
         click.echo(
             f"  {count} client(s): {outcome.steady_tokens_per_s:,.0f} tokens/s "
             f"({outcome.steady_tokens_per_s / tokens_per_s:.0%}), clients {outcome.client_busy:.0%} busy"
@@ -436,13 +444,13 @@ def tell_plan(costs: Costs, name: str, rate: float, replicas: int = 1000) -> Non
 
 def tell_failures(costs: Costs, replicas: int = 100) -> None:
     """Servers that fail far too often, beside servers that do not."""
-    planned = scenario(costs, replicas, client_s_per_call=0.0, calls_per_slot=200, prompts=2000)
-    whole = simulate(planned)
+    quiet = scenario(costs, replicas, client_s_per_call=0.0, calls_per_slot=200, prompts=2000)
+    whole = simulate(quiet)
     mtbf_s = 20 * whole.seconds
-    failing = simulate(replace(planned, mtbf_s=mtbf_s, restart_s=30.0))
+    failing = simulate(replace(quiet, mtbf_s=mtbf_s, restart_s=30.0))
     click.echo(
         f"\n{replicas} servers, each failing every {mtbf_s / 3600:.2f} h and away for 30 s: {failing.failures} "
-        f"failures in {failing.seconds:.0f} s cut {failing.cut_calls} of {planned.calls:,} calls; "
+        f"failures in {failing.seconds:.0f} s cut {failing.cut_calls} of {quiet.calls:,} calls; "
         f"{1 - failing.tokens_per_s / whole.tokens_per_s:.1%} slower"
     )
 
