@@ -47,8 +47,7 @@ class AmplifiedPairForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.model_config.hf_config
-        self.draw: Draw | None = None  # set by the rank for the time of a real step
-        self.is_adopted = False  # set by the rank
+        self.draw: Draw | None = None  # set by the rank, on the last pipeline stage
         names = {"after": self.config.lda_after, "before": self.config.lda_before}
         configs = {side: _config_of(vllm_config, names[side]) for side in SIDES}
         for side in SIDES:
@@ -110,14 +109,11 @@ class AmplifiedPairForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         return self.after.compute_logits(after.contiguous()), self.before.compute_logits(before.contiguous())
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits that leave vLLM's sampler no choice: those of the tokens that `draw` drew.
-
-        In vLLM's own dummy runs nobody draws, and these are the after model's. A real step always has a `draw`.
-        """
-        assert self.is_adopted, "the pair runs only on this project's ranks, which know alpha and seeds"
+        """Logits that leave vLLM's sampler no choice: those of the tokens that `draw` drew."""
+        assert self.draw is not None, "the pair runs only on this project's ranks, which know alpha and seeds"
         after, before = self.both_logits(hidden_states)
-        if after is None or before is None or self.draw is None:
-            return after
+        if after is None or before is None:  # another rank gathers them
+            return None
         return self.draw(after, before)
 
 

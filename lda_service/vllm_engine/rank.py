@@ -49,11 +49,11 @@ class PairRank:
             end_with_parent()
         super().load_model(**options)  # type: ignore[misc]
         self._pair = self.model_runner.get_model()
-        self._pair.is_adopted = True
         if get_pp_group().is_last_rank:
             config = self._pair.config
             vocabulary = SharedVocabulary.read(config.lda_shared, config.lda_tokenizer)
             self._rows = StepRows(vocabulary, self.device, reports=get_tp_group().rank_in_group == 0)
+            self._pair.draw = self._rows.rehearse
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. The V1 runner computes logits here, and its batch says whose row is whose."""
@@ -79,11 +79,12 @@ class PairRank:
 
     @contextmanager
     def _drawing(self, draw: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-        self._pair.draw = draw
+        """Outside of real steps, vLLM's own runs rehearse."""
+        outside, self._pair.draw = self._pair.draw, draw
         try:
             yield
         finally:
-            self._pair.draw = None
+            self._pair.draw = outside
 
 
 class GpuPairRank(PairRank, Worker):  # type: ignore[misc]

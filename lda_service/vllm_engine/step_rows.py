@@ -7,6 +7,7 @@ the fields of its `SchedulerOutput`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 SCORED_AT_ONCE = 256
 # A scored text has a row too, whose token nobody reads.
 UNREAD = RowSpec(0.0, 0.0, 0, 1.0, 0.0, 0.0, 0, 0, (), False, 0, ())
+REHEARSED = replace(UNREAD, alpha=1.0, temperature=1.0, top_p=0.95, plausibility=0.1)
 
 
 class StepRows:
@@ -87,6 +89,14 @@ class StepRows:
         if self._reports:
             self._report(order, specs, after, drawable, before, drawn)
         return forced.scatter_(1, drawn.tokens[:, None], 1.0)
+
+    def rehearse(self, after: Tensor, before: Tensor) -> Tensor:
+        """What vLLM's dummy runs are given, so that the memory they measure is that of a draw: `after`, as it is."""
+        width, rows = self._vocabulary.width, len(after)
+        settings = columns([REHEARSED] * rows, self._device)
+        settings = settings._replace(positions=torch.arange(rows, device=self._device))
+        self._sampler.draw(after[:, :width].float(), before[:, :width].float(), settings)
+        return after
 
     def _spec(self, request_id: str) -> RowSpec:
         ask = self._asks[request_id]
