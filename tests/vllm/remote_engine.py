@@ -108,7 +108,8 @@ class Clock:
 
 def serve(pipe, config, environment, is_patient):
     """Load the engine, answer calls until the other end closes, and end."""
-    os.environ.update(environment, HF_HUB_OFFLINE="1")
+    # One thread: the models are tiny, and waiting threads only take the cores from each other.
+    os.environ.update(environment, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     sys.path[:0] = [path for path in (environment.get("PYTHONPATH"),) if path]
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     try:

@@ -11,7 +11,8 @@ from functools import partial
 import pytest
 from remote_engine import MUTATIONS, V2
 from test_engine import of
-from test_oracle import PROMPTS, Oracle, collect, request
+from test_oracle import PROMPTS as SHORTER
+from test_oracle import Oracle, collect, request
 from vllm_pairs import Setup, save_pair, save_unlike_pair
 
 from lda_service.config import EngineConfig, PairConfig
@@ -32,8 +33,9 @@ from lda_service.engine.request import (
 
 ALPHAS = (-1.0, -0.5, 0.0, 1.0, 3.0, 20.0)
 LENGTHS = (12, 7, 10)
+PROMPTS = (*SHORTER, tuple(b"It grows into another block"))
 TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
-TIGHT = dict(max_running_sequences=12, kv_cache_tokens=128, arguments={"block_size": 16})
+TIGHT = dict(max_running_sequences=12, kv_cache_tokens=128, arguments={"block_size": 32})
 SETUPS = {
     "llama": Setup(),
     "olmo2": Setup(partial(save_pair, architecture="olmo2")),
@@ -42,9 +44,9 @@ SETUPS = {
     "preempted": Setup(options=TIGHT, is_tight=True),
     "TP 2": Setup(options=dict(parallel=TP)),
     "PP 2": Setup(options=dict(parallel=PP)),
-    "V2": Setup(options=dict(environment=V2)),
+    "V2, preempted": Setup(options=dict(TIGHT, environment=V2), is_tight=True),
     "V2, unlike, TP 2": Setup(save_unlike_pair, dict(environment=V2, parallel=TP)),
-    "V2, PP 2, preempted": Setup(options=dict(TIGHT, environment=V2, parallel=PP), is_tight=True),
+    "V2, PP 2": Setup(options=dict(environment=V2, parallel=PP)),
 }
 
 
@@ -190,7 +192,7 @@ def assert_alike(one, other):
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("running", ["llama", "V2"], indirect=True)
+@pytest.mark.parametrize("running", ["llama", "V2, preempted"], indirect=True)
 def test_a_broken_mapping_of_rows_is_caught(running, mutation):
     """These tests can fail: an engine that gives rows another's settings does not pass the comparison."""
     _, engine, pair = running
