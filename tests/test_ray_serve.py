@@ -202,19 +202,20 @@ async def test_a_replica_whose_worker_dies_is_replaced(cluster):
 
 
 class Killer(Quiet):
-    """Kills a replica once the survey has something."""
+    """Kills all replicas once the survey has something."""
 
     def __init__(self, cluster):
         self.cluster, self.killed = cluster, False
 
     def advance(self, rollouts, tokens):
         if not self.killed:
-            os.kill(self.cluster.replicas()[0], signal.SIGKILL)
+            for replica in self.cluster.replicas():
+                os.kill(replica, signal.SIGKILL)
             self.killed = True
 
 
-def test_a_survey_outlives_a_replica(cluster, plain, tmp_path):
-    """A survey through Serve, with a replica killed on the way, is that of the plain server to the last byte."""
+def test_a_survey_outlives_its_replicas(cluster, plain, tmp_path):
+    """A survey through Serve, with both replicas killed on the way, is that of the plain server to the last byte."""
     prompts = [Prompt(f"p{index}", text) for index, text in enumerate(demo.PROMPTS[:6])]
     settings = quick(alphas=(0, 0.5, 1), rollouts=40, chunk_size=8)
     expected = undisturbed(tmp_path / "plain", plain, settings, prompts)

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lda_client.gen.lda.v1 import completion_service_pb2, lda_service_pb2
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 # The server is imported where it is made: Serve's proxies import this module too.
 if TYPE_CHECKING:
@@ -154,15 +155,33 @@ Lda = serve.deployment(name="Lda", max_ongoing_requests=1024, health_check_perio
 
 
 def add_to_server(servicer: Any, server: Any) -> None:
-    """For `grpc_servicer_functions`: the methods, without any reading of messages."""
+    """For `grpc_servicer_functions`: the methods, without any reading of messages.
+
+    HAProxy turns to Serve's proxy in Python while no replica is up; that one says so, instead of passing calls on.
+    """
+    passes = _in_replica()
     for service in SERVICES:
+        if not passes:
+            server.add_passthrough_service(service.full_name)
         handlers: dict[str, Any] = {
             rpc.name: (
                 grpc.unary_stream_rpc_method_handler if rpc.server_streaming else grpc.unary_unary_rpc_method_handler
-            )(getattr(servicer, rpc.name))
+            )(getattr(servicer, rpc.name) if passes else _unavailable)
             for rpc in service.methods
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+def _in_replica() -> bool:
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
+
+
+async def _unavailable(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(grpc.StatusCode.UNAVAILABLE, "No replica is up; try again shortly.")
 
 
 def app(args: dict[str, str]) -> serve.Application:
