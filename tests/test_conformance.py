@@ -94,6 +94,9 @@ STARTED = {"started": {"seed": "7", "sequenceCount": 1}}
         ([{"started": {"alpha": 0}}], [STARTED], "alpha"),
         ([{"started": {"alpha": 0.1}}], [{"started": {"alpha": 0.1000001}}], None),
         ([{"started": {"alpha": 0.1}}], [{"started": {"alpha": 0.10001}}], "alpha"),
+        ([{"started": {"alpha": float}}], [{"started": {"alpha": -3}}], None),
+        ([{"started": {"alpha": float}}], [{"started": {"alpha": "NaN"}}], "alpha"),
+        ([{"started": {"alpha": float}}], [STARTED], "alpha"),
         ([STARTED], [STARTED, {"delta": {}}], "expected 1 elements, got 2"),
         ([STARTED, "..."], [STARTED, {"delta": {}}], None),
         ([STARTED, {"delta": {}}, "..."], [STARTED], "expected 2 elements, got 1"),
@@ -185,6 +188,12 @@ def test_a_call_that_was_not_cancelled_is_found(running, tmp_path, monkeypatch):
     (case,) = [case for case in CASES if case.name == "leave_after_started"]
     outcomes = run.run_cases([case, case], fake_adapter(tmp_path, LEAVES_NOTHING), running)
     assert ["was not cancelled on the server" in str(each.findings) for each in outcomes] == [True, True]
+
+
+def test_a_choice_without_cases_is_an_error():
+    """Cases that are not for the chosen server are not silently left out."""
+    with pytest.raises(SystemExit, match="no case"):
+        run.main(["--server", "pair", "--case", "aborted"])
 
 
 def test_missing_tools_and_builds(running, monkeypatch):

@@ -214,6 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     clients, chosen = named(registry(), options.client), named(cases.load(), options.case)
     chosen = [case for case in chosen if options.server is None or case.server in options.server]
+    if not chosen:
+        raise SystemExit("no case of these names is for these servers")
     needed = {case.server for case in chosen} | ({"pair"} if options.case is None else set())
     with Servers(needed, options.serve) as servers:
         outcomes = [outcome for client in clients for outcome in run_client(client, chosen, servers, options)]
