@@ -207,18 +207,19 @@ def scaling(repetitions: int) -> None:
 
 
 async def _scaling(repetitions: int, cores: list[int]) -> None:
-    settings = SurveySettings(alphas=ALPHAS, rollouts=32, max_new_tokens=64)
+    settings = SurveySettings(alphas=ALPHAS, rollouts=16, max_new_tokens=64)
     servers = [Served(prefix=("taskset", "-c", str(core))) for core in cores]
-    rates: dict[int, list[float]] = {1: [], 2: []}
+    runs: dict[int, list[Timed]] = {1: [], 2: []}
     async with running(servers), balanced(servers[:1]) as first, balanced(servers) as second:
         for number in range(repetitions + 1):  # the first warms up
             for count, mesh in ((1, first), (2, second)):
                 figures = await _timed(mesh, servers, replace(settings, seed=number))
                 click.echo(f"{count} server(s): {figures}")
                 if number:
-                    rates[count].append(figures.tokens_per_s)
-    one, two = (statistics.median(rates[count]) for count in (1, 2))
-    click.echo(f"median of {repetitions}: {one:,.1f} tokens/s with one, {two:,.1f} with two: {two / one:.2f} times")
+                    runs[count].append(figures)
+    for what, rate in (("a second", "tokens_per_s"), ("a processor second of servers", "tokens_per_server_s")):
+        one, two = (statistics.median(getattr(each, rate) for each in runs[count]) for count in (1, 2))
+        click.echo(f"tokens for {what}, median of {repetitions}: {one:,.1f} and {two:,.1f}, {two / one:.2f} times")
 
 
 @dataclass(frozen=True)
@@ -239,9 +240,14 @@ class Timed:
         """Over the whole survey."""
         return self.tokens / self.seconds
 
+    @property
+    def tokens_per_server_s(self) -> float:
+        """For a second of the servers' processor time."""
+        return self.tokens / self.servers_s
+
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_s:,.1f} tokens/s in {self.seconds:.1f} s, {self.tokens / self.servers_s:,.1f} for a "
+            f"{self.tokens_per_s:,.1f} tokens/s in {self.seconds:.1f} s, {self.tokens_per_server_s:,.1f} for a "
             f"processor second of servers; cores: client {self.client_s / self.seconds:.2f}, Envoy "
             f"{self.envoy_s / self.seconds:.2f}, servers {self.servers_s / self.seconds:.2f}, the machine "
             f"{self.busy_cores:.2f}"
@@ -325,7 +331,7 @@ async def _costs() -> Costs:
     return Costs(
         service_s,
         full.tokens / full.calls,
-        full.tokens / full.servers_s,
+        full.tokens_per_server_s,
         fitted(shapes, [each.client_s for each in shapes]),
         fitted(shapes, [each.envoy_s for each in shapes]),
         journal,
