@@ -321,11 +321,11 @@ def lives(process):
 )
 def test_a_server_that_cannot_start(flags, words):
     """It says why in one line, ends with code 1, and no process is left."""
-    process = Process(*VLLM, *flags)
-    process.told(r"worker \d+ started")
-    below = process.descendants
-    process.told(rf"^lda-service: .*{words}.*\.$")
-    assert process.process.wait(STOP_S) == 1
+    with closing(Server(*VLLM, *flags)) as server:
+        server.told(r"worker \d+ started")
+        below = server.descendants
+        server.told(rf"^lda-service: .*{words}.*\.$")
+        assert server.process.wait(STOP_S) == 1
     gone(below)
 
 
