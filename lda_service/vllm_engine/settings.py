@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ OWN = {
     "skip_tokenizer_init": None,
     "max_num_seqs": "--max-running-sequences",
     "num_gpu_blocks_override": "--kv-cache-tokens",
+    "kv_cache_memory_bytes": "--kv-cache-tokens",
     "tensor_parallel_size": "TENSOR_PARALLEL_SIZE",
     "pipeline_parallel_size": "PIPELINE_PARALLEL_SIZE",
     "nnodes": "NNODES",
@@ -124,6 +126,9 @@ def engine_args(config: Config, facts: PairFacts) -> EngineArgs:
     from vllm.platforms import current_platform
 
     settings, extra = config.vllm, dict(config.vllm.arguments)
+    unknown = extra.keys() - {field.name for field in dataclasses.fields(EngineArgs)}
+    if unknown:
+        raise ConfigError(f"VLLM_ARGS sets {min(unknown)}, which is no field of vLLM's EngineArgs; mind its spelling.")
     is_cpu = current_platform.is_cpu()
     if config.pair.device == "cuda" and is_cpu:
         raise ConfigError("DEVICE asks for CUDA, but vLLM finds no CUDA device; use DEVICE=cpu.")
