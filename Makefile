@@ -17,13 +17,14 @@ DEV     := $(VENV)/.installed-dev
 BENCH   := $(VENV)/.installed-bench
 VLLM    := .bench/vllm
 INSPECT := .bench/inspect
+RAY     := .bench/ray
 INPUTS  := Makefile constraints.txt pyproject.toml clients/python/pyproject.toml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo serve test test-clients test-inspect test-mesh test-playground test-vllm serve-vllm fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
+.PHONY: help install demo serve test test-clients test-inspect test-mesh test-playground test-vllm test-ray serve-vllm fuzz soak acceptance lint breaking generate train-demo bench bench-peers clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,12 +75,17 @@ test-playground: $(DEV) ## Build the web page and drive it in Chromium
 
 test-vllm: $(DEV) $(VLLM)/.installed ## Run the pair on vLLM's CPU build: oracles, groups of ranks, a server
 	$(VLLM)/bin/python -m pytest -q tests/vllm
+	$(BIN)/python clients/conformance/run.py --server pair --client python --client python-async \
+	  --serve "$(VLLM)/bin/lda-service serve --backend vllm"
 
 serve-vllm: $(VLLM)/.installed ## Serve on vLLM's CPU build; flags in ARGS
 	$(VLLM)/bin/lda-service serve --backend vllm $(ARGS)
 
 test-inspect: $(INSPECT)/.installed ## Run evaluations of Inspect on the bundled pair
 	$(INSPECT)/bin/python -m pytest -q tests/test_inspect_provider.py
+
+test-ray: $(RAY)/.installed ## Run the service on Ray Serve, and kill its replicas
+	$(RAY)/bin/python -m pytest -q tests/test_ray_serve.py
 
 fuzz: $(DEV) ## Send 100,000 bad requests to a server; flags in ARGS
 	$(BIN)/python tests/reliability/fuzz.py $(ARGS)
@@ -126,11 +132,23 @@ $(VLLM)/.installed: Makefile pyproject.toml clients/python/pyproject.toml constr
 # Inspect wants older versions of two libraries that the rest pins: a layer of its own over the environment.
 $(INSPECT)/.installed: $(DEV) constraints-inspect.txt
 	@echo "Installing Inspect into $(INSPECT): half a minute."
-	$(BIN)/python -m venv --without-pip $(INSPECT)
-	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
-	  > "$$($(INSPECT)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(call layer,$(INSPECT))
 	$(INSPECT)/bin/python -m pip install -q -c constraints-inspect.txt inspect-ai
 	@touch $@
+
+# A layer too: 310 MB that nothing else needs.
+$(RAY)/.installed: $(DEV) constraints-ray.txt
+	@echo "Installing Ray into $(RAY): half a minute."
+	$(call layer,$(RAY))
+	$(RAY)/bin/python -m pip install -q -c constraints.txt -c constraints-ray.txt 'ray[serve]'
+	@touch $@
+
+# An environment in $(1) that sees all of $(VENV) behind what is installed into it.
+define layer
+$(BIN)/python -m venv --without-pip $(1)
+$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+  > "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+endef
 
 # $(1) is what to install besides the client. A pip that is missing means a new or a broken environment.
 define install
