@@ -39,9 +39,8 @@ TIGHT = dict(max_running_sequences=12, kv_cache_tokens=128, arguments={"block_si
 SETUPS = {
     "llama": Setup(),
     "olmo2": Setup(partial(save_pair, architecture="olmo2")),
-    "qwen3": Setup(partial(save_pair, architecture="qwen3")),
+    "qwen3, preempted": Setup(partial(save_pair, architecture="qwen3"), TIGHT, is_tight=True),
     "unlike": Setup(save_unlike_pair),
-    "preempted": Setup(options=TIGHT, is_tight=True),
     "TP 2": Setup(options=dict(parallel=TP)),
     "PP 2": Setup(options=dict(parallel=PP)),
     "V2, preempted": Setup(options=dict(TIGHT, environment=V2), is_tight=True),
