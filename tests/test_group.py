@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 
 import pytest
+from ports import free_pair
 
 from lda_service.config import Config, PairConfig, VllmConfig
 from lda_service.errors import ConfigError
@@ -32,18 +33,6 @@ time.sleep(60)
 WAIT_S = 30
 
 
-def free_ports():
-    """A port whose successor is free too."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                with socket.create_server(("127.0.0.1", port + 1)):
-                    return port
-            except OSError:
-                continue
-
-
 @pytest.fixture
 def machine():
     """Starts machines; ends what is left of them."""
@@ -63,7 +52,7 @@ def machine():
 
 def test_starts_when_all_are_there(machine):
     """Followers may come first; nobody starts before the last machine is there, then all do."""
-    port = free_ports()
+    port = free_pair()
     group = [machine(rank, 3, port) for rank in (2, 0)]
     assert all(process.poll() is None for process in group)
     group.append(machine(1, 3, port))
@@ -73,7 +62,7 @@ def test_starts_when_all_are_there(machine):
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_ends_together(machine, victim):
     """Whichever machine is killed, all others end within a second, with a code that asks for a fresh start."""
-    port = free_ports()
+    port = free_pair()
     group = [machine(rank, 3, port) for rank in range(3)]
     for process in group:
         assert process.stdout.readline().strip() == "go"
@@ -84,7 +73,7 @@ def test_ends_together(machine, victim):
 
 def test_refuses_another_pair(machine):
     """A machine with other models or settings is told so and ends; the group still waits for the right one."""
-    port = free_ports()
+    port = free_pair()
     leader, stranger = machine(0, 2, port), machine(1, 2, port, "other")
     assert stranger.wait(WAIT_S) == 2
     assert "models or settings are others" in stranger.stdout.readline()
@@ -94,7 +83,7 @@ def test_refuses_another_pair(machine):
 
 def test_survives_garbage(machine):
     """What connects and sends no greeting is dropped, and costs nobody else anything."""
-    port = free_ports()
+    port = free_pair()
     leader = machine(0, 2, port)
     for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\xff\xfe\n", b'{"node_rank": "x"}\n', b'{"node_rank": 7}\n', b""):
         connection = connect(port + 1)

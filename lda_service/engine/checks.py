@@ -1,14 +1,17 @@
-"""What every engine refuses on submission, with its reason and remedy. Knows requests and limits; no torch."""
+"""What every engine refuses, with its reason and remedy. Knows requests and limits; no torch."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from lda_service.engine.request import GenerationRequest
-from lda_service.errors import ContextExceeded, PromptUnusable, QueueFull
+from lda_service.engine.request import GenerationRequest, RequestFailed
+from lda_service.errors import ContextExceeded, InternalError, PromptUnusable, QueueFull
 
 if TYPE_CHECKING:
     from lda_service.engine.request import ScoreRequest
+
+logger = logging.getLogger(__name__)
 
 
 def check_queue(waiting: int, capacity: int) -> None:
@@ -34,6 +37,12 @@ def check_request(request: GenerationRequest | ScoreRequest, shared: frozenset[i
     else:
         _check_ids(request.continuation_ids, shared, "continuation")
         _check_text(request, context_tokens)
+
+
+def not_finite(request_id: str) -> RequestFailed:
+    """The end of a request whose models gave NaN or infinity: a float16 overflow, or broken weights."""
+    logger.error("%s: logits are not finite; broken weights, or a DTYPE too narrow for the models", request_id)
+    return RequestFailed(request_id, InternalError("The models gave logits that are not finite."))
 
 
 def context_metadata(request: GenerationRequest | ScoreRequest, limit: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lda_service.engine import static_decoder
-from lda_service.engine.checks import check_queue, check_request, context_metadata
+from lda_service.engine.checks import check_queue, check_request, context_metadata, not_finite
 from lda_service.engine.lockstep import runner_for
 from lda_service.engine.memory import default_cache_tokens, page_tokens
 from lda_service.engine.pages import PagePool
@@ -30,12 +30,9 @@ from lda_service.engine.request import (
     FinishReason,
     GenerationRequest,
     Load,
-    RequestFailed,
     Role,
-    Sampling,
     ScoreBlock,
     ScoreRequest,
-    Stopping,
     TokenRecord,
 )
 from lda_service.engine.rollout import Rollout
@@ -54,7 +51,8 @@ from lda_service.engine.selfcheck import decodes_alone_as_in_company
 from lda_service.engine.speculation import Coupled, Rejection, Speculation
 from lda_service.engine.speculation_policy import LENGTHS, Acceptance, Policy
 from lda_service.engine.static_decoder import StaticDecoder
-from lda_service.errors import ConfigError, ContextExceeded, InternalError
+from lda_service.engine.warm_up import warm_up
+from lda_service.errors import ConfigError, ContextExceeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,15 +220,8 @@ class Engine:
         return events
 
     def warm_up(self) -> None:
-        """A short generation and a score through the whole path, so that the first caller does not pay for it."""
-        prompt = self.pair.shared_ids[: min(8, self.context_tokens - 4)]
-        stopping = Stopping(max_new_tokens=3, ignore_eos=True)
-        branches = (Branch(Role.AMPLIFIED, 1.0), Branch(Role.AFTER, 0.0), Branch(Role.BEFORE, -1.0))
-        generation = GenerationRequest("warm-up", prompt, branches, 1, Sampling(), stopping)
-        for request in (generation, ScoreRequest("warm-up-score", prompt[:1], prompt[1:])):
-            self.submit(request)  # one by one: the queue may be as short as that
-            while self.has_work:
-                self.step()
+        """See `warm_up.warm_up`."""
+        warm_up(self, self.pair.shared_ids, self.context_tokens)
 
     def check_integrity(self) -> None:
         """Pages, rows and caches add up; an idle engine holds nothing."""
@@ -466,11 +457,10 @@ class Engine:
     def _fail(self, sequence: Sequence) -> None:
         """The models gave NaN or infinity (a float16 overflow, broken weights): end the request, invent nothing."""
         request_id = sequence.job.request.request_id
-        logger.error("%s: logits are not finite; broken weights, or a DTYPE too narrow for the models", request_id)
         assert sequence.job.table is not None
         self.scheduler.pool.discard(sequence.job.table)
         self._drop(request_id)
-        self._events.append(RequestFailed(request_id, InternalError("The models gave logits that are not finite.")))
+        self._events.append(not_finite(request_id))
 
     def _release(self, sequence: Sequence) -> None:
         """Free what an ended sequence holds, if it has a row."""

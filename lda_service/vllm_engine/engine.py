@@ -14,25 +14,20 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lda_service.engine.checks import check_queue, check_request
+from lda_service.engine.checks import check_queue, check_request, not_finite
 from lda_service.engine.request import (
     Admitted,
-    Branch,
     Event,
     FinishReason,
     GenerationRequest,
     Load,
-    RequestFailed,
-    Role,
-    Sampling,
     ScoreBlock,
     ScoreRequest,
-    Stopping,
     TokenRecord,
 )
 from lda_service.engine.rollout import Rollout
 from lda_service.engine.rows import Scoring
-from lda_service.errors import InternalError
+from lda_service.engine.warm_up import warm_up
 from lda_service.vllm_engine import group
 from lda_service.vllm_engine.start import explained, prepare
 from lda_service.vllm_engine.wire import DrawAnswer, DrawAsk, ScoreAnswer, ScoreAsk
@@ -165,23 +160,13 @@ class VllmEngine:
         return events
 
     def warm_up(self) -> None:
-        """A short generation and a score through the whole path, so that the first caller does not pay for it.
+        """See `warm_up.warm_up`.
 
         Raises:
             ModelUnsupported: vLLM has no kernel for these models here.
         """
         with explained():
-            self._warm_up()
-
-    def _warm_up(self) -> None:
-        prompt = self._facts.shared_ids[: min(8, self._facts.info.context_tokens - 4)]
-        branches = (Branch(Role.AMPLIFIED, 1.0), Branch(Role.AFTER, 0.0), Branch(Role.BEFORE, -1.0))
-        stopping = Stopping(max_new_tokens=3, ignore_eos=True)
-        generation = GenerationRequest("warm-up", prompt, branches, 1, Sampling(), stopping)
-        for request in (generation, ScoreRequest("warm-up-score", prompt[:1], prompt[1:])):
-            self.submit(request)  # one by one: the queue may be as short as that
-            while self.has_work:
-                self.step()
+            warm_up(self, self._facts.shared_ids, self._facts.info.context_tokens)
 
     # Schedule -------------------------------------------------------------------------------------------------------
 
@@ -280,9 +265,8 @@ class VllmEngine:
 
     def _fail(self, job: Job) -> None:
         request_id = job.request.request_id
-        logger.error("%s: logits are not finite; broken weights, or a DTYPE too narrow for the models", request_id)
         self._drop(request_id)
-        self._events.append(RequestFailed(request_id, InternalError("The models gave logits that are not finite.")))
+        self._events.append(not_finite(request_id))
 
     def _retire(self, sequence_id: str, job: Job) -> None:
         """Free an ended sequence's row; forget the job if nothing of it is left."""

@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 from lda_client import LdaClient, WorkerDied
-from serving import NOT_SERVING, SERVING, Health, Process, free_ports
+from ports import free_pair
+from serving import NOT_SERVING, SERVING, Health, Process
 
 QUESTIONS = ("Which tea do you like?", "What is 2 plus 3?")
 ALPHAS = (-0.5, 0.0, 1.0, 3.0)
@@ -22,7 +23,7 @@ class Group:
     """Two machines, of which the first serves. The second is started first: either order is right."""
 
     def __init__(self, *flags):
-        flags = (*flags, "--backend", "vllm", "--nnodes", 2, "--master-port", free_ports())
+        flags = (*flags, "--backend", "vllm", "--nnodes", 2, "--master-port", free_pair())
         self.follower = Process(*flags, "--node-rank", 1)
         self.leader = Process(*flags, "--node-rank", 0)
 
