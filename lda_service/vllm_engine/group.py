@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.25
 GREETING_BYTES_MAX = 4096
 GREETING_TIMEOUT_S = 10.0
+NAME_TIMEOUT_S = 60.0
 # A machine that vanishes without a word is missed after 5 s.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
 WELCOME, GO = "welcome", "go"
@@ -92,13 +93,18 @@ def follow(settings: VllmConfig, ours: str) -> None:
 
 def _listen(settings: VllmConfig) -> socket.socket:
     address = (settings.master_addr, settings.master_port + 1)
-    try:
-        return socket.create_server(address)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot listen on {address[0]}:{address[1]} for the other machines: {error.strerror}; MASTER_ADDR is an "
-            "address of rank 0's machine, MASTER_PORT and the port after it are free there."
-        ) from error
+    until = time.monotonic() + NAME_TIMEOUT_S
+    while True:
+        try:
+            return socket.create_server(address)
+        except OSError as error:
+            if isinstance(error, socket.gaierror) and time.monotonic() < until:
+                time.sleep(RETRY_S)  # a cluster may give this machine its name a little later
+                continue
+            raise ConfigError(
+                f"Cannot listen on {address[0]}:{address[1]} for the other machines: {error.strerror}; MASTER_ADDR is "
+                "an address of rank 0's machine, MASTER_PORT and the port after it are free there."
+            ) from error
 
 
 def _reach(settings: VllmConfig) -> socket.socket:
