@@ -79,7 +79,7 @@ class Process:
     @property
     def ranks(self):
         """Process ids of the ranks that are processes of their own."""
-        return [child.pid for child in self.descendants if "VLLM" in "".join(child.cmdline()[:1])]
+        return [child.pid for child in self.descendants if "VLLM" in _title(child)]
 
     def end(self, number=signal.SIGTERM):
         """Ask it to stop; its exit code."""
@@ -90,6 +90,14 @@ class Process:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+
+
+def _title(process):
+    """What it calls itself; nothing if it has just ended."""
+    try:
+        return "".join(process.cmdline()[:1])
+    except psutil.NoSuchProcess:
+        return ""
 
 
 class Health:

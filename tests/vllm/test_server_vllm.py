@@ -29,7 +29,7 @@ FLAGS = ("--metrics-port", 0, "--max-queued-requests", 1)
 TEA, SUM = "Which tea do you like?", "What is 2 plus 3?"
 LONG = dict(max_new_tokens=4096, ignore_eos=True)  # to the end of the context window
 ROWS = 64
-WITHIN_S = 5.0  # on a quiet machine tenths of a second
+WITHIN_S = 1.0
 
 
 def until(holds, within_s):
